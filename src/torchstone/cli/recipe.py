@@ -1,0 +1,140 @@
+"""`torchstone recipe show|check|kinds`: what a recipe means, what it costs, and what may stand in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from torchstone.kinds import KINDS
+
+if TYPE_CHECKING:
+    from torchstone.models.counts import Counts
+    from torchstone.recipe.schema import Recipe
+
+recipe = typer.Typer(
+    no_args_is_help=True, help="Show or check a recipe; list the kinds that a recipe may use."
+)
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="KEY=VALUE")]
+
+
+@recipe.command("show")
+def show(file: RecipeFile, overrides: Overrides = None) -> None:
+    """Print the resolved recipe, then as comments its size, memory and cost. The output is itself a recipe.
+
+    Example: torchstone recipe show recipes/tiny.yaml model.block.mixer=differential budget.steps=100
+    """
+    from torchstone.recipe.load import load_recipe
+    from torchstone.recipe.yaml import dump_yaml
+
+    loaded = load_recipe(file, overrides or [])
+    typer.echo(dump_yaml(loaded))
+    for name, value in cost(loaded).items():
+        typer.echo(f"# {name:<32}{value}")
+
+
+@recipe.command("check")
+def check(file: RecipeFile, overrides: Overrides = None) -> None:
+    """Check a recipe without training: every key, every kind, and that the model can be built."""
+    from torchstone.lab.matching import counts_of
+    from torchstone.recipe.load import load_recipe
+
+    loaded = load_recipe(file, overrides or [])
+    parameters = counts_of(loaded).parameters
+    typer.echo(
+        f"{file} is a valid recipe: {loaded.model.kind}, {human(parameters)} parameters, {_budget(loaded)}."
+    )
+
+
+@recipe.command("kinds")
+def kinds(
+    family: Annotated[
+        str | None, typer.Argument(help="Family, or a place such as model.block.mixer.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """List the kinds of a family with every setting, its type, default and meaning; alone, list the families.
+
+    Example: torchstone recipe kinds mixer
+    """
+    from torchstone.recipe.catalogue import catalogue, family_named, places, render
+    from torchstone.recipe.registry import kinds as names
+
+    if as_json:
+        found = catalogue([family_named(family)] if family is not None else list(KINDS))
+        typer.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    if family is None:
+        for name in KINDS:
+            typer.echo(f"{name:<16}{', '.join(names(name))}")
+        typer.echo("\n`torchstone recipe kinds FAMILY` shows the settings of each kind.")
+        return
+    chosen = family_named(family)
+    typer.echo(render(catalogue([chosen])))
+    place = (places(chosen) or [chosen])[0]
+    typer.echo(
+        f"\nThese stand in a recipe at: {', '.join(places(chosen))}.\n"
+        f"On the command line: {place}={names(chosen)[-1]}, and {place}.SETTING=VALUE for one setting."
+    )
+
+
+def cost(loaded: Recipe) -> dict[str, str]:
+    """Size, memory and total cost of a recipe as text, by name."""
+    from torchstone.lab.matching import counts_of, total_steps, training_flops
+
+    counts, steps = counts_of(loaded), total_steps(loaded)
+    data: Any = loaded.data
+    tokens = steps * loaded.batch.sequences * data.sequence_length()
+    return {
+        "parameters": f"{counts.parameters:,} ({counts.non_embedding:,} without embeddings)",
+        "forward FLOPs per token": human(counts.forward_flops_per_token),
+        "training FLOPs per token": human(counts.training_flops_per_token),
+        "KV cache per token": f"{counts.kv_cache_bytes_per_token:,.0f} bytes in bf16",
+        "memory for training": _memory(loaded, counts),
+        "steps": f"{steps:,}",
+        "tokens": f"{tokens:,} ({tokens / max(counts.non_embedding, 1):.3g} per non-embedding parameter)",
+        "training FLOPs": human(training_flops(loaded)),
+    }
+
+
+def _memory(loaded: Recipe, counts: Counts) -> str:
+    """Estimated memory of one process, for the recipe's precision or for both that `auto` may choose."""
+    from torchstone.models.counts import OPTIMIZER_VALUES, Precision, memory_estimate
+
+    if loaded.optimizer.kind not in OPTIMIZER_VALUES:
+        return f"no estimate for optimizer {loaded.optimizer.kind}"
+    precisions: tuple[Precision, ...] = (
+        ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
+    )
+    parts = []
+    for precision in precisions:
+        found = memory_estimate(
+            counts,
+            loaded.batch.micro or loaded.batch.sequences,
+            precision,
+            loaded.optimizer.kind,
+            getattr(loaded.objective, "chunk", None),
+        )
+        parts.append(
+            f"{found.total / 2**20:,.0f} MiB in {precision} (weights, gradients, optimizer "
+            f"{(found.parameters + found.gradients + found.optimizer) / 2**20:,.0f}, activations "
+            f"{found.activations / 2**20:,.0f}, logits {found.logits / 2**20:,.0f})"
+        )
+    return "about " + " or ".join(parts)
+
+
+def human(number: float) -> str:
+    """`1.23M` for 1 230 000."""
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def _budget(loaded: Recipe) -> str:
+    budget: Any = loaded.budget
+    return f"{getattr(budget, budget.unit):g} {budget.unit.replace('_', ' ')}"

@@ -1,0 +1,63 @@
+"""`torchstone study list|show|run`: the published claims, and how to test them again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+study = typer.Typer(no_args_is_help=True, help="Studies: published claims that one command tests again.")
+
+
+@study.command("list")
+def list_studies() -> None:
+    """List the studies with the question of each."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from torchstone.lab.catalogue import slugs
+    from torchstone.lab.catalogue import study as find
+
+    table = Table("study", "question", "scales")
+    for slug in slugs():
+        found = find(slug)
+        table.add_row(slug, found.question, ", ".join(found.scales))
+    Console().print(table)
+
+
+@study.command("show")
+def show(
+    slug: Annotated[str, typer.Argument(help="Slug of a method; see `torchstone study list`.")],
+    scale: Annotated[str, typer.Option(help="Scale whose arms are shown.")] = "toy",
+) -> None:
+    """Show a study's claims, its arms and how they differ from the baseline, before running anything."""
+    from rich.console import Console
+
+    from torchstone.lab.catalogue import study as find
+    from torchstone.lab.describe import describe
+
+    for line in describe(find(slug), scale):
+        Console().print(line, markup=False, highlight=False)
+
+
+@study.command("run")
+def run(
+    slug: Annotated[str, typer.Argument(help="Slug of a method; see `torchstone study list`.")],
+    scale: Annotated[str, typer.Option(help="smoke (seconds), toy (minutes on a laptop) or gpu.")] = "toy",
+    seeds: Annotated[int | None, typer.Option(help="Paired seeds; default: the scale's.")] = None,
+    until_decided: Annotated[bool, typer.Option("--until-decided", help="Add seeds under a group-sequential rule.")] = False,
+    max_seeds: Annotated[int, typer.Option(help="Most seeds that --until-decided may use.")] = 12,
+    on: Annotated[str, typer.Option(help="Where cells run: local, inline, ray or ray://HOST:PORT.")] = "local",
+    jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: chosen from cores and model size.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory; the same one continues. Default: runs/SLUG-SCALE-FINGERPRINT.")] = None,
+) -> None:
+    """Run a study to its verdicts and write result.json, report.html and report.md."""
+    from torchstone.lab.catalogue import study as find
+    from torchstone.report.terminal import print_verdicts
+
+    finished = find(slug).run(
+        scale, seeds=seeds, out=out, on=on, jobs=jobs, max_seeds=max_seeds if until_decided else None
+    )
+    print_verdicts(finished.result)
+    typer.echo(f"Report: {finished.report}")

@@ -1,0 +1,236 @@
+"""Token shards: a tokenised corpus on disk, built once, mapped into memory, never changed.
+
+A folder holds, for each of `train` and `validation`:
+
+    train.tokens            all documents one after the other, each closed by the end-of-document id; uint16 or uint32
+    train.ends              int64, where each document ends (its closing id included)
+    train.documents.jsonl   id and location of each document
+
+`manifest.json` holds sizes and hashes, and `quarantine.jsonl` the rows that were left out, if any. The folder appears
+whole or not at all; two processes that build at once both succeed, and one's work is kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from torchstone.data.building import Advance, progress
+from torchstone.data.corpus import Corpus, Document, Rejected
+from torchstone.data.split import split
+from torchstone.data.tokenizer import Tokenizer
+from torchstone.errors import DataError
+from torchstone.storage.atomic import atomic_directory
+from torchstone.storage.hashing import file_hash, fingerprint_of
+
+FORMAT = 1
+SPLITS = ("train", "validation")
+_GROUP = 1 << 20  # characters that are tokenised together
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One side of the split, mapped into memory.
+
+    Attributes:
+        folder, name: where it is; `train` or `validation`.
+        tokens: all token ids.
+        ends: where each document ends in `tokens`.
+        text_bytes: UTF-8 bytes of the documents' text.
+        vocab_size: ids are below it.
+    """
+
+    folder: Path
+    name: str
+    tokens: NDArray[np.unsignedinteger[Any]]
+    ends: NDArray[np.int64]
+    text_bytes: int
+    vocab_size: int
+
+    def read(self, start: int, stop: int) -> NDArray[np.int64]:
+        """Tokens start … stop-1; raises DataError if one is no id of the vocabulary."""
+        tokens = self.tokens[start:stop].astype(np.int64)
+        if tokens.size and tokens.max() >= self.vocab_size:
+            raise DataError(
+                f"{self.folder / self.name}.tokens holds the id {tokens.max()} between {start} and {stop}, but the "
+                f"vocabulary has {self.vocab_size} ids; the file is damaged. Delete {self.folder} to build it again."
+            )
+        return tokens
+
+    def first_document(self, position: int) -> int:
+        """Number of the document that holds the token at `position`."""
+        return int(np.searchsorted(self.ends, position, side="right"))
+
+    def labels(self) -> list[tuple[str, str]]:
+        """Id and location of every document."""
+        with open(self.folder / f"{self.name}.documents.jsonl", encoding="utf-8") as file:
+            return [(row[0], row[1]) for row in map(json.loads, file)]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A tokenised corpus.
+
+    Attributes:
+        fingerprint: of the content of all files.
+        rejected: rows that were left out; listed in `quarantine.jsonl`.
+    """
+
+    folder: Path
+    fingerprint: str
+    train: Shard
+    validation: Shard
+    rejected: int
+
+    def quarantine(self) -> list[Rejected]:
+        """The rows that were left out."""
+        path = self.folder / "quarantine.jsonl"
+        if not path.exists():
+            return []
+        return [Rejected(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def open_or_build(corpus: Corpus, tokenizer: Tokenizer, fraction: float, cache: Path) -> Shards:
+    """The shards of a corpus, from the cache or built now.
+
+    Args:
+        fraction: share of the documents that is held out.
+        cache: folder of all built data.
+
+    Raises:
+        DataError: the corpus cannot be read, or a cached folder is damaged.
+    """
+    source = {"corpus": corpus.fingerprint, "tokenizer": tokenizer.fingerprint, "validation": fraction}
+    folder = cache / "shards" / fingerprint_of({**source, "format": FORMAT})
+    if not folder.exists():
+        try:
+            with atomic_directory(folder) as partial:
+                _build(partial, corpus, tokenizer, fraction, source)
+        except OSError as error:
+            if not folder.exists():  # else another process was first, with the same content
+                raise DataError(f"the tokenised corpus cannot be stored in {folder}: {error}.") from error
+    return open_shards(folder)
+
+
+def open_shards(folder: Path) -> Shards:
+    """Map a built folder into memory; raises DataError if a file is missing or has another size than when built."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, str(error)) from error
+    for name, size in sizes.items():
+        if size != manifest["files"][name]["size"]:
+            raise _damaged(folder, f"{name} has {size} bytes instead of {manifest['files'][name]['size']}")
+    train, validation = (_open_shard(folder, name, manifest) for name in SPLITS)
+    return Shards(folder, fingerprint_of(manifest), train, validation, manifest["rejected"])
+
+
+def verify(shards: Shards) -> None:
+    """Read every file again and compare its hash; raises DataError naming the first that differs."""
+    for name, stored in json.loads((shards.folder / "manifest.json").read_bytes())["files"].items():
+        if file_hash(shards.folder / name) != stored["hash"]:
+            raise _damaged(shards.folder, f"{name} does not have the content that was written")
+
+
+def _damaged(folder: Path, reason: str) -> DataError:
+    return DataError(f"the tokenised corpus in {folder} is damaged: {reason}. Delete the folder to build it again.")
+
+
+def _open_shard(folder: Path, name: str, manifest: dict[str, Any]) -> Shard:
+    about = manifest["splits"][name]
+    tokens = _map(folder / f"{name}.tokens", manifest["dtype"])
+    ends = _map(folder / f"{name}.ends", "<i8")
+    return Shard(folder, name, tokens, ends, about["text_bytes"], manifest["vocab_size"])
+
+
+def _map(path: Path, dtype: str) -> NDArray[Any]:
+    if path.stat().st_size == 0:  # an empty file cannot be mapped
+        return np.empty(0, dtype=dtype)
+    return np.memmap(path, dtype=dtype, mode="r")
+
+
+@dataclass
+class _Writer:
+    """Appends tokenised documents to the files of one split."""
+
+    tokens: BinaryIO
+    ends: BinaryIO
+    labels: BinaryIO
+    dtype: str
+    count: int = 0
+    documents: int = 0
+    text_bytes: int = 0
+
+    def add(self, document: Document, ids: list[int], end: int) -> None:
+        self.tokens.write(np.asarray([*ids, end], dtype=self.dtype).tobytes())
+        self.count += len(ids) + 1
+        self.documents += 1
+        self.text_bytes += len(document.text.encode())
+        self.ends.write(np.asarray([self.count], dtype="<i8").tobytes())
+        self.labels.write(json.dumps([document.id, document.location]).encode() + b"\n")
+
+    def close(self) -> None:
+        for file in (self.tokens, self.ends, self.labels):
+            file.close()
+
+
+def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]) -> None:
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    files = {name: [folder / f"{name}.{part}" for part in ("tokens", "ends", "documents.jsonl")] for name in SPLITS}
+    writers = {name: _Writer(*(open(path, "wb") for path in paths), dtype) for name, paths in files.items()}
+    rejected: list[Rejected] = []
+    try:
+        with progress("tokenising the corpus") as advance:
+            _tokenise(split(corpus.documents(rejected.append), fraction), tokenizer, writers, advance)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if rejected:
+        lines = [json.dumps(vars(item)) + "\n" for item in rejected]
+        (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
+    written = {path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())}
+    manifest = {
+        "format": FORMAT, "source": source, "dtype": dtype, "vocab_size": tokenizer.vocab_size,
+        "splits": {
+            name: {"tokens": writer.count, "documents": writer.documents, "text_bytes": writer.text_bytes}
+            for name, writer in writers.items()
+        },
+        "rejected": len(rejected), "files": written,
+    }
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+
+
+def _tokenise(
+    documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer, writers: dict[str, _Writer], advance: Advance
+) -> None:
+    for group in _groups(documents):
+        for (document, held), ids in zip(group, tokenizer.encode_batch([d.text for d, _ in group]), strict=True):
+            if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
+                raise DataError(
+                    f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, outside its "
+                    f"vocabulary of {tokenizer.vocab_size}; use the tokenizer.json that belongs together."
+                )
+            writers[SPLITS[held]].add(document, ids, tokenizer.end_of_document)
+        done = writers.values()
+        advance(sum(writer.documents for writer in done), sum(writer.count for writer in done))
+
+
+def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:
+    """Consecutive documents, up to about `_GROUP` characters together."""
+    group: list[tuple[Document, bool]] = []
+    size = 0
+    for item in documents:
+        group.append(item)
+        size += len(item[0].text)
+        if size >= _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group

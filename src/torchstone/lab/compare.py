@@ -1,0 +1,190 @@
+"""Compare arms with a baseline: a recipe, interventions as overrides, matched sizes, paired seeds, a verdict for each.
+
+    import torchstone
+    finished = torchstone.compare("recipes/tiny.yaml", ["v2:model.block.mixer={kind: differential, version: v2}"], seeds=3)
+
+Every arm carries one claim, fixed before the run: its metric is lower (or higher) than the baseline's by more than the
+margin. The default metric is the held-out loss at the end of training.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from torchstone.errors import ConfigError
+from torchstone.lab.progress import Progress, choose_progress
+from torchstone.lab.result import Metric
+from torchstone.lab.runner import Finished, RunOptions, StudyRun, run_study
+from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
+from torchstone.lab.training import Matching, TrainingStudy, Tuned, Variant, require_grid
+from torchstone.lab.tuning import FACTORS, tune
+from torchstone.recipe.arms import parse_arm
+from torchstone.recipe.load import load_recipe
+from torchstone.recipe.schema import Recipe
+
+# Standard deviation of the paired difference between two identical arms that differ only in their random stream, from the
+# 40 A/A comparisons in docs/statistics.md; used for the minimum detectable effect before a run.
+ASSUMED_SD = {"validation_loss": 0.01}
+BASELINE = "baseline"
+SCALE = "compare"
+METRICS = {
+    "validation_loss": Metric(name="validation_loss", label="validation loss", unit="nats/token", better="lower"),
+    "accuracy": Metric(name="accuracy", label="answer accuracy", better="higher"),
+}
+
+
+class Comparison(TrainingStudy):
+    """The study behind `torchstone compare`. Built from plain data, so that a worker can make it again."""
+
+    def __init__(
+        self, recipe: Recipe, variants: Sequence[Variant], matching: Matching | None, metric: str, margin: float,
+        seeds: int, tuned: Tuned | None = None,
+    ) -> None:
+        self.recipe, self.arms_given, self.matching, self.seeds = recipe, tuple(variants), matching, seeds
+        self.baseline = BASELINE
+        self.title = "Compare: " + ", ".join(variant.name for variant in variants)
+        decisive = METRICS[metric]
+        word = "lower" if decisive.better == "lower" else "higher"
+        self.question = f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
+        self.metrics = (decisive,)
+        self.margin, self.tuned = margin, tuned
+        self.claims = tuple(self._claim(variant.name, decisive) for variant in variants)
+        self.scales = {SCALE: Scale(seeds)}
+
+    def _equal(self) -> str:
+        names = {"params": "parameters and tokens", "flops": "training FLOPs"}
+        return names[self.matching.on] if self.matching else "recipe (sizes not matched)"
+
+    def _claim(self, arm: str, metric: Metric) -> Claim:
+        lower = metric.better == "lower"
+        beyond = f" by more than {self.margin:g}" if self.margin else ""
+        return Claim(
+            id=arm, sentence=f"{arm} has a {'lower' if lower else 'higher'} {metric.label} than the baseline{beyond}.",
+            metric=metric.name, arm=arm, baseline=BASELINE, direction="less" if lower else "greater",
+            margin=-self.margin if lower else self.margin,
+            assumed_sd=ASSUMED_SD.get(metric.name),
+        )
+
+    def base(self, scale: Scale) -> Recipe:
+        """The recipe as given."""
+        return self.recipe
+
+    def variants(self, scale: Scale) -> Sequence[Variant]:
+        """The baseline and the arms."""
+        return [Variant(BASELINE, role="baseline"), *self.arms_given]
+
+    def reference(self) -> dict[str, Any]:
+        """The specification that `from_spec` reads."""
+        return {"comparison": {
+            "recipe": self.recipe.data_dict(), "variants": [asdict(variant) for variant in self.arms_given],
+            "matching": asdict(self.matching) if self.matching else None, "metric": self.metrics[0].name,
+            "margin": self.margin,
+        }}
+
+    @classmethod
+    def from_spec(cls, spec: Mapping[str, Any]) -> Comparison:
+        """The comparison that `reference` described."""
+        variants = [Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]]
+        matching = Matching(**spec["matching"]) if spec["matching"] else None
+        return cls(load_recipe(spec["recipe"]), variants, matching, spec["metric"], spec["margin"], seeds=1)
+
+    def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
+        """The tuning table, if rates were tuned."""
+        return Summary(tables=(self.tuned.table,) if self.tuned else ())
+
+    def command(self, scale: str) -> str:
+        """The command line that makes the same comparison from the recipe in the report."""
+        words = ["torchstone", "compare", "recipe.yaml"]
+        for variant in self.arms_given:
+            words += ["--arm", f"{variant.name}:{','.join(variant.overrides)}"]
+        words += ["--seeds", str(self.seeds), "--match", self.matching.on if self.matching else "none"]
+        return shlex.join(words)
+
+
+def _variants(arms: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Variant]:
+    if isinstance(arms, Mapping):
+        parsed = [(name, list(overrides)) for name, overrides in arms.items()]
+    else:
+        parsed = [parse_arm(arm) for arm in arms]
+    if not parsed:
+        raise ConfigError("a comparison needs at least one arm, for example --arm model.block.mixer=differential.")
+    if any(name == BASELINE for name, _ in parsed):
+        raise ConfigError(f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value.")
+    return [Variant(name, tuple(overrides)) for name, overrides in parsed]
+
+
+def _matching(match: str | Matching) -> Matching | None:
+    if isinstance(match, Matching):
+        return match
+    if match not in ("params", "flops", "none"):
+        raise ConfigError(f"cannot match {match!r}; allowed: params, flops, none.")
+    return None if match == "none" else Matching(match)  # type: ignore[arg-type]
+
+
+def compare(
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    arms: Sequence[str] | Mapping[str, Sequence[str]],
+    *,
+    seeds: int = 3,
+    max_seeds: int | None = None,
+    match: str | Matching = "params",
+    out: str | Path | None = None,
+    tune_seeds: int = 0,
+    grid: Sequence[float] | None = None,
+    metric: str = "validation_loss",
+    margin: float = 0.0,
+    options: RunOptions | None = None,
+    progress: Progress | None = None,
+) -> Finished:
+    """Train a baseline and its arms over paired seeds and judge one claim per arm.
+
+    Args:
+        recipe: the baseline: a YAML file, plain data or a Recipe.
+        arms: `[NAME:]key=value[,key=value…]` strings, or name → overrides.
+        seeds: paired seeds; with `max_seeds`, the number at the first look of the sequential rule.
+        max_seeds: if given, seeds are added up to this number until every claim is decided.
+        match: what every arm must equal: `params`, `flops`, `none`, or a Matching with the free dimension and tolerance.
+        out: directory; None makes `runs/compare-<fingerprint>`. The same directory continues.
+        tune_seeds: seeds for selecting each arm's learning rate; 0 shares the recipe's rate.
+        grid: peak learning rates to select from; None takes 1/4, 1/2, 1, 2 and 4 times the recipe's.
+        metric: what decides (`validation_loss`, or `accuracy` on a task with exact answers).
+        margin: the smallest advantage worth claiming, ≥ 0, in the metric's unit.
+        options: executor and jobs.
+        progress: where progress is shown; None chooses by the terminal.
+
+    Returns:
+        the result and the directory that holds it as `result.json`, `report.html` and `report.md`.
+
+    Raises:
+        ConfigError, BudgetError: unusable recipe, arm, metric or match. StudyError: directory of another comparison.
+    """
+    if metric not in METRICS:
+        raise ConfigError(f"cannot compare by {metric!r}; allowed: {', '.join(METRICS)}.")
+    if margin < 0 or seeds < 1 or tune_seeds < 0:
+        raise ConfigError(f"seeds must be ≥ 1, tune seeds and margin ≥ 0; given {seeds}, {tune_seeds}, {margin:g}.")
+    base = load_recipe(recipe)
+    chosen = replace(options or RunOptions(), scale=SCALE, seeds=seeds, max_seeds=max_seeds, out=out)
+    study = Comparison(base, _variants(arms), _matching(match), metric, margin, seeds)
+    shown = progress or choose_progress()
+    if tune_seeds:
+        study, chosen = _tuned(study, chosen, grid, tune_seeds, shown)
+    return run_study(study, chosen, shown)
+
+
+def _tuned(
+    study: Comparison, options: RunOptions, grid: Sequence[float] | None, tune_seeds: int, progress: Progress
+) -> tuple[Comparison, RunOptions]:
+    """The comparison with each arm's own rate, and the directory that holds both stages."""
+    rate = getattr(study.recipe.optimizer, "learning_rate", None)
+    if rate is None:
+        raise ConfigError(f"optimizer {study.recipe.optimizer.kind!r} has no learning_rate to tune.")
+    rates = require_grid(grid or [rate * factor for factor in FACTORS])
+    if options.out is None:
+        options = replace(options, out=StudyRun(study, options, progress).out.with_suffix(".tuned"))
+    metric = study.metrics[0].name
+    tuned = tune(study, study.scales[SCALE], rates, tune_seeds, metric, options, progress)
+    return Comparison(study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned), options

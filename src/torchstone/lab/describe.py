@@ -1,0 +1,39 @@
+"""Say what a study will do before it runs: claims, arms with their interventions, sizes, detectable effects."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torchstone.errors import StudyError
+from torchstone.lab.study import Study
+from torchstone.lab.verdict import Design, effect_before
+
+
+def describe(study: Study, scale_name: str) -> Iterator[str]:
+    """Lines of plain text.
+
+    Raises:
+        StudyError: the study has no such scale.
+    """
+    if scale_name not in study.scales:
+        raise StudyError(f"scale {scale_name!r} is not one of this study's: {', '.join(study.scales)}.")
+    scale = study.scales[scale_name]
+    yield study.title
+    yield study.question
+    yield f"Scales: {', '.join(f'{name} ({size.seeds} seeds)' for name, size in study.scales.items())}"
+    yield ""
+    yield "Claims"
+    for claim in study.claims:
+        yield f"  {claim.id}: {claim.sentence}"
+        yield f"    {claim.contrast} of {claim.metric}, {claim.arm} against {claim.baseline}, {claim.direction} than {claim.margin:g}"
+        detectable = effect_before(claim, Design.of(scale.seeds, None))
+        if detectable is not None:
+            yield f"    detectable with {scale.seeds} seeds (80 % power, assumed s.d. {claim.assumed_sd:g}): {detectable:.3g}"
+    yield ""
+    yield f"Arms at scale {scale_name}"
+    for arm in study.check(scale):
+        record = study.arm_record(arm)
+        size = f", {record.parameters:,} parameters" if record.parameters else ""
+        yield f"  {arm.name} ({arm.role}{size}) {arm.note}".rstrip()
+        for change in record.intervention:
+            yield f"    {change.path}: {change.baseline} → {change.value}"

@@ -1,0 +1,199 @@
+"""Studies whose arms are trained models: a base recipe, and variants that differ from it in marked lines.
+
+All arms of a seed see the same tokens in the same order and start from the same values wherever parameter names and
+shapes agree. Precision and compilation are chosen once, on the baseline, and pinned for every arm, so that arms never
+differ in arithmetic. An arm is matched to the baseline (see `torchstone.lab.matching`) before anything runs.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torchstone.errors import ConfigError
+from torchstone.lab import matching
+from torchstone.lab.result import ArmRecord, Change, Match, Series, Table
+from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
+from torchstone.recipe.diff import differences
+from torchstone.recipe.load import load_recipe
+from torchstone.recipe.schema import Recipe
+from torchstone.recipe.yaml import dump_yaml
+
+if TYPE_CHECKING:
+    from torchstone.data.source import DataSource
+    from torchstone.models.decoder import Decoder
+    from torchstone.train.run import RunSummary
+
+SMALL_PARAMETERS = 30_000_000
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An arm as its overrides on the base recipe. `matched=False` leaves its size as the overrides make it."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    role: str = "arm"
+    note: str = ""
+    matched: bool = True
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How arms are matched to the baseline: what agrees, what may change, how closely."""
+
+    on: matching.On
+    free: matching.Free = "feedforward"
+    tolerance: float = matching.TOLERANCE
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A finished training cell, for `TrainingStudy.probe`."""
+
+    cell: Cell
+    recipe: Recipe
+    model: Decoder
+    data: DataSource
+    summary: RunSummary
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Numbers that a study takes from the trained model, beside the training record."""
+
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    items: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    series: Mapping[str, Series] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning selected (see `torchstone.lab.tuning`): a rate for each arm, notes and all tuning numbers."""
+
+    rates: Mapping[str, float]
+    notes: tuple[str, ...]
+    table: Table
+
+
+class TrainingStudy(Study):
+    """A subclass gives `base`, `variants` and, if it looks into the models, `probe`."""
+
+    matching: Matching | None = None
+    tuned: Tuned | None = None
+
+    @abstractmethod
+    def base(self, scale: Scale) -> Recipe:
+        """The baseline's recipe at this scale."""
+
+    @abstractmethod
+    def variants(self, scale: Scale) -> Sequence[Variant]:
+        """All arms, the baseline (no overrides) among them."""
+
+    def probe(self, trained: Trained) -> Probe:
+        """Numbers from the trained model. Nothing by default."""
+        return Probe()
+
+    def arms(self, scale: Scale) -> Sequence[Arm]:
+        """Every variant resolved to a complete, matched recipe."""
+        base = self._at_rate(self.base(scale), self.baseline)
+        return [self._arm(base, variant) for variant in self.variants(scale)]
+
+    def _at_rate(self, recipe: Recipe, arm: str) -> Recipe:
+        if self.tuned is None:
+            return recipe
+        return load_recipe(recipe, [f"optimizer.learning_rate={self.tuned.rates[arm]!r}"])
+
+    def _arm(self, base: Recipe, variant: Variant) -> Arm:
+        recipe = self._at_rate(load_recipe(base, variant.overrides), variant.name)
+        record: Match | None = None
+        if self.matching is not None and variant.matched and variant.name != self.baseline:
+            recipe, record = matching.match(base, recipe, self.matching.on, self.matching.free, self.matching.tolerance)
+        changes = [Change(path=path, baseline=before, value=after).model_dump(mode="json")
+                   for path, before, after in differences(base, recipe)]
+        settings = {"recipe": recipe.data_dict(), "intervention": changes,
+                    "match": record.model_dump(mode="json") if record else None}
+        return Arm(variant.name, variant.role, variant.note, settings)  # type: ignore[arg-type]
+
+    def arm_record(self, arm: Arm) -> ArmRecord:
+        """Size, cost, intervention, match and learning rate of an arm."""
+        recipe = load_recipe(arm.settings["recipe"])
+        counts = matching.counts_of(recipe)
+        return ArmRecord(
+            name=arm.name, role=arm.role, note=arm.note,
+            intervention=tuple(Change.model_validate(change) for change in arm.settings["intervention"]),
+            parameters=counts.parameters, flops_per_token=counts.training_flops_per_token,
+            match=Match.model_validate(arm.settings["match"]) if arm.settings["match"] else None,
+            learning_rate=getattr(recipe.optimizer, "learning_rate", None),
+            learning_rate_policy="tuned" if self.tuned else "shared",
+        )
+
+    def notes(self) -> tuple[str, ...]:
+        """Says whether each arm had its learning rate tuned."""
+        if self.tuned is not None:
+            return self.tuned.notes
+        return ("The peak learning rate was shared by all arms and not tuned: an arm may win because the rate suits it. "
+                "`--tune` selects a rate for each arm on separate seeds.",)
+
+    def recipe_yaml(self, arms: Sequence[Arm]) -> str:
+        """The baseline's recipe."""
+        baseline = next(arm for arm in arms if arm.name == self.baseline)
+        return dump_yaml(load_recipe(baseline.settings["recipe"]))
+
+    def resources(self, arms: Sequence[Arm]) -> Resources:
+        """One thread for small models on a CPU, all cores for large ones, one GPU each where there are any."""
+        from torchstone.lab.environment import cores
+        from torchstone.recipe.fingerprint import device_class
+
+        if device_class() == "cuda":
+            import torch
+
+            return Resources(devices=tuple(map(str, range(torch.cuda.device_count()))))
+        largest = max(matching.counts_of(load_recipe(arm.settings["recipe"])).parameters for arm in arms)
+        return Resources(threads=1 if largest < SMALL_PARAMETERS else cores())
+
+    def prepare(self, arms: Sequence[Arm], settings: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+        """Build every arm's data once, and choose precision and compilation on the baseline."""
+        from torchstone.train.precision import choose_compute
+
+        recipes = {arm.name: load_recipe(arm.settings["recipe"]) for arm in arms}
+        fingerprints = {name: recipe.data.build(None).fingerprint for name, recipe in recipes.items()}
+        return {"compute": choose_compute(recipes[self.baseline]).data(), "data": fingerprints}
+
+    def measure(self, cell: Cell) -> Measurement:
+        """Train the cell's recipe with its seed and take its numbers."""
+        from torchstone.train.precision import Compute
+        from torchstone.train.run import load_run, train
+
+        recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={cell.seed}"])
+        summary = train(
+            recipe, cell.directory / "run", compute=Compute(**cell.prepared["compute"]), progress=cell.report, device=None
+        )
+        recipe, model, data = load_run(cell.directory / "run")
+        found = self.probe(Trained(cell, recipe, model, data, summary))
+        return Measurement(
+            metrics={**summary.final, **found.metrics}, items=found.items,
+            series={**curves(summary.history), **found.series}, extra=found.extra,
+            tokens=summary.tokens, flops=summary.flops, peak_bytes=summary.peak_bytes,
+        )
+
+
+def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Series]:
+    """Training and validation loss as series against steps, tokens, FLOPs and seconds."""
+    axes = ("steps", "tokens", "flops", "seconds")
+    return {
+        f"{name} loss": Series(axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"]))
+        for name, record in history.items() if record["loss"]
+    }
+
+
+def require_grid(grid: Sequence[float]) -> tuple[float, ...]:
+    """A learning-rate grid as a sorted tuple; raises ConfigError if it is empty, unsorted in sign or repeated."""
+    rates = tuple(sorted(grid))
+    if len(rates) < 2 or rates[0] <= 0 or len(set(rates)) != len(rates):
+        raise ConfigError(f"a learning-rate grid has at least two different positive rates; given: {list(grid)}.")
+    return rates

@@ -1,0 +1,140 @@
+"""How large a model is and what it costs: parameters, FLOPs, cache and memory, without allocating it.
+
+What is counted
+  FLOPs        a multiplication and an addition are 2. Matrix products only: projections, feed-forward, attention
+               scores and attention outputs, the output head. Norms, softmax, rotation, embedding and loss are not.
+  attention    in full, T keys for every query, though causal kernels skip about half and windowed ones more.
+               torch.utils.flop_counter counts alike; a test compares the two.
+  training     three forward passes: the gradient of a product is two products of the same size.
+  non-embedding parameters   all but the token embedding and an output matrix of its own.
+
+Pitfall: memory is an estimate. Kernels keep other tensors than the formula thinks and allocators round up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+import torch
+from torch import nn
+
+from torchstone.errors import ConfigError
+from torchstone.models.decoder import Decoder
+from torchstone.recipe.part import Part
+
+Precision = Literal["fp32", "bf16"]
+BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
+OPTIMIZER_VALUES = {"adamw": 2, "lion": 1, "sgd": 0}  # fp32 values that an optimizer keeps per parameter
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes and costs of a model at one sequence length.
+
+    Attributes:
+        parameters, non_embedding: numbers of values; tied matrices count once.
+        forward_flops_per_token, training_flops_per_token: at `length`.
+        kv_cache_bytes_per_token: decoding state of a sequence of `length` tokens in bf16, divided by `length` (a
+            sliding window stores less than one entry per token).
+        activation_values_per_token: values that a training step keeps per token for the backward pass (estimate).
+        vocab_size, width, length: the sizes used.
+    """
+
+    parameters: int
+    non_embedding: int
+    forward_flops_per_token: float
+    training_flops_per_token: float
+    kv_cache_bytes_per_token: float
+    activation_values_per_token: int
+    vocab_size: int
+    width: int
+    length: int
+
+
+@lru_cache(maxsize=512)
+def count(model_config: Part, vocab_size: int, length: int) -> Counts:
+    """Counts of the model that a configuration describes, built on the meta device.
+
+    Args:
+        model_config: a model part with `skeleton(vocab_size, length)`, such as DecoderConfig.
+        vocab_size, length: token ids, and tokens per sequence.
+    """
+    model: Decoder = model_config.skeleton(vocab_size, length)  # type: ignore[attr-defined]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    vocabulary = {id(model.embed.weight): model.embed.weight, id(model.head.weight_vd): model.head.weight_vd}
+    forward = float(model.flops(length))
+    state = model.new_state(1, length, device="meta", dtype=torch.bfloat16)
+    return Counts(
+        parameters=parameters,
+        non_embedding=parameters - sum(weight.numel() for weight in vocabulary.values()),
+        forward_flops_per_token=forward,
+        training_flops_per_token=3 * forward,
+        kv_cache_bytes_per_token=state.nbytes() / length,
+        activation_values_per_token=activation_values(model),
+        vocab_size=vocab_size,
+        width=model.config.width,
+        length=length,
+    )
+
+
+def activation_values(model: Decoder) -> int:
+    """Values kept per token for the backward pass of the blocks: the input and the output of every linear layer, once.
+
+    A linear layer keeps its input; the functions between linear layers (norm, rotation, attention, gate) keep about
+    what the layers before them put out.
+    """
+    layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
+    return sum(layer.in_features + layer.out_features for layer in layers)
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of a training step by what holds them."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.parameters + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def memory_estimate(
+    counts: Counts,
+    sequences: int,
+    precision: Precision = "bf16",
+    optimizer: str = "adamw",
+    chunk: int | None = None,
+) -> MemoryEstimate:
+    """Memory of a training step.
+
+    Args:
+        counts: of the model, at the sequence length in question.
+        sequences: rows of one forward pass (the micro-batch).
+        precision: of the activations; parameters, gradients and optimizer state are fp32 (autocast).
+        optimizer: one of OPTIMIZER_VALUES.
+        chunk: tokens whose logits exist at the same time; None for all.
+
+    Raises:
+        ConfigError: unknown precision or optimizer.
+    """
+    if precision not in BYTES or optimizer not in OPTIMIZER_VALUES:
+        raise ConfigError(
+            f"no memory estimate for precision {precision!r} with optimizer {optimizer!r}; "
+            f"precisions: {', '.join(BYTES)}; optimizers: {', '.join(OPTIMIZER_VALUES)}."
+        )
+    tokens = sequences * counts.length
+    kept = min(tokens, chunk or tokens)
+    return MemoryEstimate(
+        parameters=4 * counts.parameters,
+        gradients=4 * counts.parameters,
+        optimizer=4 * OPTIMIZER_VALUES[optimizer] * counts.parameters,
+        activations=BYTES[precision] * counts.activation_values_per_token * tokens,
+        logits=2 * 4 * counts.vocab_size * kept,  # logits and their gradient
+    )

@@ -1,0 +1,89 @@
+"""Differential attention, version 2 (the authors' revision of January 2026: a note and code, no paper).
+
+Ordinary grouped-query attention with 2h query heads of d channels; neighbours are subtracted:
+
+    out_i = attention_{2i} − σ(W_λ x)_i · attention_{2i+1},   concat of h heads → W_o
+
+λ is per token and head. There is no per-head norm, no λ_init and no constant factor, so any fused attention kernel
+serves unchanged. W_q is twice as large as in plain attention; W_λ has h rows and no bias.
+
+Shapes: b batch · t tokens · h heads · g KV heads · d head channels; u = 2h query heads.
+
+Pitfall: both heads of a pair must read the same keys and values, so 2h/g must be even. Pairs that straddle KV groups
+train unstably, by the authors' account, and are refused.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from torchstone.errors import ConfigError
+from torchstone.nn.attention.heads import Heads
+from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.position.base import Position
+from torchstone.nn.project import project
+from torchstone.nn.span import Span
+from torchstone.nn.state import KVCache
+
+
+class DifferentialV2(AttentionMixer):
+    """Version 2; see the module's docstring.
+
+    Args:
+        width: channels of the residual stream.
+        heads: differential heads h, KV heads, channels of a head.
+        position: rotates queries and keys.
+        window: sliding window in tokens, for both maps.
+
+    Raises:
+        ConfigError: 2h / KV heads is odd.
+    """
+
+    def __init__(self, width: int, heads: Heads, position: Position, window: int | None = None) -> None:
+        kv_shape = (heads.kv, heads.dim)
+        super().__init__(2 * heads.query, kv_shape, kv_shape, window)
+        if heads.query % heads.kv:
+            raise ConfigError(
+                f"differential v2 with {heads.query} heads and {heads.kv} kv_heads has {2 * heads.query} query heads, "
+                f"{2 * heads.query / heads.kv:g} to a group: pairs would straddle KV groups; choose kv_heads that "
+                "divides heads, so that 2·heads/kv_heads is even."
+            )
+        self.head_dim = heads.dim
+        self.w_q = nn.Linear(width, 2 * heads.query * heads.dim, bias=False)
+        self.w_k = nn.Linear(width, heads.kv * heads.dim, bias=False)
+        self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
+        self.w_lambda = nn.Linear(width, heads.query, bias=False)
+        self.w_o = nn.Linear(heads.query * heads.dim, width, bias=False)
+        self.position = position
+        self.mean_lambda: Tensor | None = None
+
+    def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+        """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
+        q_bte, k_bte, v_bte, gate_bth = project(x_btd, self.w_q, self.w_k, self.w_v, self.w_lambda)
+        q_btud, k_btgd, v_btgd = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte, v_bte))
+        offset = 0 if state is None else state.length
+        q_btud, k_btgd = self.position.rotate(q_btud, k_btgd, span, offset)
+        lambda_bth = gate_bth.float().sigmoid()
+        self.mean_lambda = lambda_bth.detach().mean()
+        outputs_butd = self._attend(q_btud, k_btgd, v_btgd, span, state)
+        heads_bthd = self._subtract(outputs_butd, lambda_bth).transpose(1, 2)
+        if self.observation is not None:
+            assert self.observation.maps is not None
+            self.observation.weights = self._subtract(self.observation.maps, lambda_bth)
+            self.observation.heads = heads_bthd
+        return self.w_o(heads_bthd.flatten(2)), state
+
+    def diagnostics(self) -> dict[str, float]:
+        """Mean λ over the tokens and heads of the last forward pass; nothing before the first."""
+        return {} if self.mean_lambda is None else {"lambda": float(self.mean_lambda)}
+
+    def residual_parameters(self) -> tuple[str, ...]:
+        """Weights that write into the residual stream."""
+        return ("w_o.weight",)
+
+    @staticmethod
+    def _subtract(subs_but: Tensor, lambda_bth: Tensor) -> Tensor:
+        """First minus λ times second of neighbouring heads, [b, 2h, t, …] → [b, h, t, …]."""
+        first, second = subs_but.unflatten(1, (-1, 2)).unbind(2)
+        return torch.addcmul(first, lambda_bth.transpose(1, 2).unsqueeze(-1).to(first.dtype), second, value=-1)

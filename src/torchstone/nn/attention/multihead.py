@@ -1,0 +1,92 @@
+"""Causal multi-head attention, with shared key-value heads, a sliding window and normalised queries and keys.
+
+    out = concat_i( softmax( q_i k_{i//r}ᵀ / √d ) v_{i//r} ) W_o
+
+Multi-head (Vaswani et al. 2017) has r = 1 query head per key-value head, grouped-query (Ainslie et al., arXiv
+2305.13245) more, multi-query (Shazeer, arXiv 1911.02150) a single key-value head. `qk_norm` puts an RMSNorm over each
+head's channels of q and of k, before rotation, which bounds the scores (Henry et al., arXiv 2010.04245).
+
+Shapes: b batch · t tokens · h query heads · g key-value heads · d head channels.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchstone.nn.attention.heads import Heads, check_groups, resolve_heads
+from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.position.base import Position
+from torchstone.nn.project import project
+from torchstone.nn.context import BuildContext
+from torchstone.nn.norm.rmsnorm import RMSNorm
+from torchstone.nn.span import Span
+from torchstone.nn.state import KVCache
+from torchstone.recipe.part import Part, part_field
+
+
+class MultiHeadAttention(AttentionMixer):
+    """Softmax attention; see the module's docstring."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: Heads,
+        position: Position,
+        window: int | None = None,
+        qk_norm: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        check_groups("attention", heads)
+        kv_shape = (heads.kv, heads.dim)
+        super().__init__(heads.query, kv_shape, kv_shape, window, dropout)
+        self.w_q = nn.Linear(width, heads.query * heads.dim, bias=False)
+        self.w_k = nn.Linear(width, heads.kv * heads.dim, bias=False)
+        self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
+        self.w_o = nn.Linear(heads.query * heads.dim, width, bias=False)
+        self.q_norm = RMSNorm(heads.dim) if qk_norm else None
+        self.k_norm = RMSNorm(heads.dim) if qk_norm else None
+        self.position = position
+        self.head_dim = heads.dim
+
+    def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
+        """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
+        q_bthd, k_btgd, v_btgd = (
+            y.unflatten(-1, (-1, self.head_dim)) for y in project(x_btd, self.w_q, self.w_k, self.w_v)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_bthd, k_btgd = self.q_norm(q_bthd), self.k_norm(k_btgd)
+        offset = 0 if state is None else state.length
+        q_bthd, k_btgd = self.position.rotate(q_bthd, k_btgd, span, offset)
+        heads_bthd = self._attend(q_bthd, k_btgd, v_btgd, span, state).transpose(1, 2)
+        if self.observation is not None:
+            self.observation.heads = heads_bthd
+        return self.w_o(heads_bthd.flatten(2)), state
+
+    def residual_parameters(self) -> tuple[str, ...]:
+        """Weights that write into the residual stream."""
+        return ("w_o.weight",)
+
+
+class AttentionConfig(Part):
+    """`mixer: attention`."""
+
+    family: ClassVar[str] = "mixer"
+    kind: Literal["attention"] = "attention"
+    heads: int | None = Field(default=None, gt=0, description="query heads; null: width / head_dim")
+    kv_heads: int | None = Field(default=None, gt=0, description="key-value heads; null: as many as query heads")
+    head_dim: int | None = Field(
+        default=None, gt=0, description="channels per head; null: width / heads, or the model's head_dim"
+    )
+    window: int | None = Field(default=None, gt=0, description="sliding window in tokens; null: the whole past")
+    qk_norm: bool = Field(default=False, description="RMSNorm over the channels of each query and key head")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the attention maps, in training")
+    position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
+
+    def build(self, context: BuildContext) -> MultiHeadAttention:
+        """The module; raises ConfigError where head counts and width do not fit."""
+        heads = resolve_heads("attention", context, self.heads, self.kv_heads, self.head_dim)
+        position = self.position.build(heads.dim)
+        return MultiHeadAttention(context.width, heads, position, self.window, self.qk_norm, self.dropout)

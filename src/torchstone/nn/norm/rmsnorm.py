@@ -1,0 +1,57 @@
+"""RMSNorm: divide by the root mean square of the channels, times a learned gain (Zhang and Sennrich, arXiv 1910.07467).
+
+    y = g · x / √(mean(x²) + ε)
+
+Pitfall: the statistics are computed in fp32 whatever the input, because the sum of squares loses half its digits in
+bf16; the result has the input's type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchstone.nn.context import BuildContext
+from torchstone.recipe.part import Part
+
+
+class RMSNorm(nn.Module):
+    """Normalises the last dimension, of size `channels`."""
+
+    def __init__(self, channels: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gain = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x with unit root mean square over its last dimension, times the gain."""
+        return F.rms_norm(x.float(), self.gain.shape, self.gain.float(), self.eps).to(x.dtype)
+
+    def own_initialisation(self) -> dict[str, Callable[[Tensor, torch.Generator], object]]:
+        """The gain starts at one."""
+        return {"gain": lambda gain, generator: gain.fill_(1.0)}
+
+    def no_decay_parameters(self) -> tuple[str, ...]:
+        """Gains are not decayed."""
+        return ("gain",)
+
+    def extra_repr(self) -> str:
+        """Settings, for printing the model."""
+        return f"{self.gain.shape[0]}, eps={self.eps:g}"
+
+
+class RMSNormConfig(Part):
+    """`norm: rmsnorm`."""
+
+    family: ClassVar[str] = "norm"
+    kind: Literal["rmsnorm"] = "rmsnorm"
+    eps: float = Field(default=1e-6, gt=0, description="added to the mean square")
+
+    def build(self, context: BuildContext) -> RMSNorm:
+        """A norm over the model's width."""
+        return RMSNorm(context.width, self.eps)

@@ -1,0 +1,18 @@
+"""What every position part offers to attention."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from torchstone.nn.span import Span
+
+
+class Position(nn.Module):
+    """Base of position modules: tells queries and keys where they stand.
+
+    Shapes: b batch · t tokens · h query heads · g key heads · d head channels.
+    """
+
+    def rotate(self, q_bthd: Tensor, k_btgd: Tensor, span: Span, offset: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys that carry their positions: the span's, or offset, offset+1, … where it has none."""
+        raise NotImplementedError

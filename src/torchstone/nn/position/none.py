@@ -1,0 +1,30 @@
+"""No position: tokens are told apart by the causal mask alone (NoPE, Kazemnejad et al., arXiv 2305.19466)."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from torchstone.nn.position.base import Position
+from torchstone.nn.span import Span
+from torchstone.recipe.part import Part
+
+
+class NoPosition(Position):
+    """Leaves queries and keys as they are."""
+
+    def rotate(self, q_bthd: Tensor, k_btgd: Tensor, span: Span, offset: int) -> tuple[Tensor, Tensor]:
+        """Queries and keys, unchanged."""
+        return q_bthd, k_btgd
+
+
+class NoPositionConfig(Part):
+    """`position: none`."""
+
+    family: ClassVar[str] = "position"
+    kind: Literal["none"] = "none"
+
+    def build(self, head_dim: int) -> NoPosition:
+        """The module; `head_dim` does not matter."""
+        return NoPosition()

@@ -1,0 +1,160 @@
+"""Next-token cross-entropy in chunks, so that the logits of all tokens never exist at once.
+
+    loss = Σ_i w_i · (logsumexp(W h_i) − (W h_i)[y_i]),   w_i = 1 where there is a target, else 0
+
+With 32k tokens of vocabulary and 8k tokens in a batch, fp32 logits and their gradient take 2 GB, more than the rest of a
+small model's step. Here each chunk's logits are made, reduced to losses and to gradients of `h` and `W`, and dropped; the
+backward pass only scales what the forward pass left (the gradient of a sum of losses with respect to the logits is
+softmax − one-hot, whatever comes later, up to a factor).
+
+Shapes: n tokens (batch and time flattened) · c tokens of a chunk · d width · v vocabulary.
+
+Pitfall: the matrix products run in autocast's type, losses, sums and softmax in fp32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from torchstone.data.batch import IGNORE, Batch
+from torchstone.nn.span import Span
+from torchstone.recipe.part import Part
+
+CHUNK_ELEMENTS = 1 << 23
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """Loss of a batch.
+
+    Attributes:
+        loss_sum: scalar, differentiable: the sum over valid targets.
+        count: scalar int64: valid targets.
+        per_token_bt: fp32, detached; 0 where there is no target.
+        correct_bt: bool, where the target is the most likely token; only without gradients, else None.
+    """
+
+    loss_sum: Tensor
+    count: Tensor
+    per_token_bt: Tensor
+    correct_bt: Tensor | None = None
+
+    @property
+    def loss(self) -> Tensor:
+        """Mean over valid targets; nan if there is none."""
+        return self.loss_sum / self.count
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """(hidden_nd, weight_vd, targets_n) → (sum of losses, losses_n); see the module's docstring."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        weight_cast_vd = weight_vd.to(dtype)
+        losses, grads_h = [], []
+        grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32) if needs_grad else None
+        for start in range(0, hidden_nd.shape[0], chunk):
+            hidden_cd = hidden_nd[start : start + chunk].to(dtype)
+            targets_c = targets_n[start : start + chunk]
+            valid_c = targets_c != IGNORE
+            logits_cv = F.linear(hidden_cd, weight_cast_vd).float()
+            lse_c = torch.logsumexp(logits_cv, dim=-1)
+            index_c1 = targets_c.clamp(min=0).unsqueeze(1)
+            losses.append(torch.where(valid_c, lse_c - logits_cv.gather(1, index_c1).squeeze(1), 0.0))
+            if grad_weight_vd is not None:
+                grad_cv = torch.exp(logits_cv - lse_c.unsqueeze(1))
+                grad_cv = grad_cv.scatter_add(1, index_c1, torch.full_like(lse_c, -1.0).unsqueeze(1))
+                grad_cv = (grad_cv * valid_c.unsqueeze(1)).to(dtype)
+                grads_h.append((grad_cv @ weight_cast_vd).to(hidden_nd.dtype))
+                grad_weight_vd += grad_cv.t() @ hidden_cd
+        losses_n = losses[0] if len(losses) == 1 else torch.cat(losses)
+        if grad_weight_vd is not None:
+            grad_hidden_nd = grads_h[0] if len(grads_h) == 1 else torch.cat(grads_h)
+            ctx.save_for_backward(grad_hidden_nd, grad_weight_vd.to(weight_vd.dtype))
+        ctx.mark_non_differentiable(losses_n)
+        return losses_n.sum(), losses_n
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+        grad_hidden_nd, grad_weight_vd = ctx.saved_tensors
+        scaled_nd = grad_hidden_nd * grad_sum.to(grad_hidden_nd.dtype)
+        return scaled_nd, grad_weight_vd * grad_sum.to(grad_weight_vd.dtype), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies and each token's own, of logits `hidden @ weightᵀ`.
+
+    Args:
+        hidden_nd: hidden states.
+        weight_vd: output matrix.
+        targets_n: int64 token ids; IGNORE (-100) where there is no target.
+        chunk: tokens at a time; None chooses so that a chunk has about 8 million logits.
+
+    Returns:
+        the sum (differentiable, fp32) and losses [n] (detached, fp32; 0 where there is no target).
+    """
+    device = hidden_nd.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
+    size = chunk or max(128, CHUNK_ELEMENTS // weight_vd.shape[0])
+    return _ChunkedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, size, dtype)
+
+
+@torch.no_grad()
+def chunked_scores(
+    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Losses [n] and whether each target is the most likely token [n]; arguments as in `chunked_cross_entropy`."""
+    size = chunk or max(128, CHUNK_ELEMENTS // weight_vd.shape[0])
+    losses, correct = [], []
+    for hidden_cd, targets_c in zip(hidden_nd.split(size), targets_n.split(size), strict=True):
+        logits_cv = F.linear(hidden_cd, weight_vd).float()
+        losses.append(F.cross_entropy(logits_cv, targets_c, ignore_index=IGNORE, reduction="none"))
+        correct.append((logits_cv.argmax(-1) == targets_c))
+    return torch.cat(losses), torch.cat(correct)
+
+
+class NextToken(nn.Module):
+    """The objective: mean cross-entropy of the next token, over all positions that have a target."""
+
+    def __init__(self, chunk: int | None = None) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, model: Any, batch: Batch) -> LossOutput:
+        """Loss of `model` (a decoder) on a batch."""
+        span = Span(positions_bt=batch.positions_bt, documents_bt=batch.documents_bt)
+        hidden_btd = model(batch.tokens_bt, span).hidden_btd
+        targets_bt = batch.targets_bt
+        count = (targets_bt != IGNORE).sum()
+        flat = hidden_btd.flatten(0, 1), model.head.weight_vd, targets_bt.flatten()
+        if torch.is_grad_enabled():
+            loss_sum, losses_n = chunked_cross_entropy(*flat, self.chunk)
+            return LossOutput(loss_sum, count, losses_n.view(targets_bt.shape))
+        losses_n, correct_n = chunked_scores(*flat, self.chunk)
+        shape = targets_bt.shape
+        return LossOutput(losses_n.sum(), count, losses_n.view(shape), correct_n.view(shape))
+
+
+class NextTokenConfig(Part):
+    """`objective: next-token`: predict every next token, cross-entropy in nats."""
+
+    family: ClassVar[str] = "objective"
+    kind: Literal["next-token"] = "next-token"
+    chunk: int | None = Field(
+        default=None, gt=0, description="tokens whose logits exist at once; null: about 8 million logits"
+    )
+
+    def build(self) -> NextToken:
+        """The objective."""
+        return NextToken(self.chunk)

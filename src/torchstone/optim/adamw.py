@@ -1,0 +1,41 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) in torch's fused form, with decay only where it belongs.
+
+    m ← β1 m + (1−β1) g;  v ← β2 v + (1−β2) g²;  θ ← θ − η ( m̂ / (√v̂ + ε) + λ θ )
+
+The peak rate η is multiplied by the schedule's factor at every step. `clip` bounds the global gradient norm before the
+update; the trainer applies it.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+from torchstone.optim.groups import split_parameters
+from torchstone.recipe.part import Part
+
+
+class AdamWConfig(Part):
+    """`optimizer: adamw`."""
+
+    family: ClassVar[str] = "optimizer"
+    kind: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay of the two moment averages")
+    eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay of matrices; vectors are not decayed")
+    clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null: no clipping")
+
+    def build(self, model: nn.Module) -> torch.optim.AdamW:
+        """The optimizer over the model's trainable parameters; raises ConfigError (see `split_parameters`)."""
+        parameters = dict(model.named_parameters())
+        groups = split_parameters(model)
+        chosen = [
+            {"params": [parameters[name] for name in names], "weight_decay": decay}
+            for names, decay in ((groups.decay, self.weight_decay), (groups.no_decay, 0.0))
+            if names
+        ]
+        return torch.optim.AdamW(chosen, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)

@@ -1,0 +1,34 @@
+"""The studies, one file per method: `torchstone.studies["osca"].run(scale="toy")`.
+
+This module behaves like a mapping from slug to study; a study is made when it is asked for, so that listing is free.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torchstone.lab.study import Study
+
+
+class _Studies(ModuleType):
+    """A module that is also a read-only mapping."""
+
+    def __getitem__(self, slug: str) -> Study:
+        from torchstone.lab.catalogue import study
+
+        return study(slug)
+
+    def __iter__(self) -> Iterator[str]:
+        from torchstone.lab.catalogue import slugs
+
+        return iter(slugs())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+sys.modules[__name__].__class__ = _Studies

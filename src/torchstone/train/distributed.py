@@ -1,0 +1,92 @@
+"""Processes that train together: ranks of torchrun, each with its rows of every global batch.
+
+The global batch of a step is one list of sequences, whatever the number of processes; rank r of w takes rows
+[r·B/w, (r+1)·B/w). Gradients are summed over ranks and divided by the number of targets in the global batch, so that the
+update equals that of one process up to float error.
+
+On a CPU the back end is gloo; on GPUs nccl (not yet run on GPU).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from torchstone.errors import ConfigError
+from torchstone.train.precision import default_device
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among those that train together."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True for the one process that writes files and shows progress."""
+        return self.rank == 0
+
+    def rows(self, sequences: int) -> tuple[int, int]:
+        """This rank's rows of a global batch; raises ConfigError if ranks cannot share it evenly."""
+        if sequences % self.size:
+            raise ConfigError(
+                f"batch.sequences = {sequences} cannot be shared by {self.size} processes; make it a multiple of {self.size}."
+            )
+        share = sequences // self.size
+        return self.rank * share, (self.rank + 1) * share
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over all ranks."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """True if the flag is set on any rank."""
+        if self.size == 1:
+            return flag
+        value = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX)
+        return bool(value.item())
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module, with gradients summed over ranks by DDP."""
+        if self.size == 1:
+            return module
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(module, device_ids=devices, gradient_as_bucket_view=True)
+
+
+@contextmanager
+def world(device: torch.device | None = None) -> Iterator[World]:
+    """The world that torchrun describes in the environment, or a single process. Leaves the group at the end."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield World(0, 1, device or default_device())
+        return
+    chosen = device or default_device()
+    if chosen.type == "cuda":
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield World(dist.get_rank(), size, chosen)
+    finally:
+        dist.destroy_process_group()

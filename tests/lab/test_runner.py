@@ -1,0 +1,194 @@
+"""The runner with a study of known numbers: caching, refusal, failures, leases, sequential seeds, report."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from torchstone.errors import InterruptedRun, StudyError
+from torchstone.lab.progress import Lines, Quiet
+from torchstone.lab.result import Metric
+from torchstone.lab.runner import RunOptions, StudyRun, run_study
+from torchstone.lab.study import Arm, Cell, Claim, Measurement, Scale, Study
+
+
+class Coin(Study):
+    """Arm `b` is lower than `a` by 1 and a little noise; counts how often each cell runs."""
+
+    slug = "coin"
+    title = "Coins"
+    question = "Is b lower?"
+    baseline = "a"
+    metrics = (Metric(name="loss", label="loss"),)
+    claims = (Claim(id="b", sentence="b is lower", metric="loss", arm="b", baseline="a"),)
+    scales = {"toy": Scale(3, {"shift": 1.0}), "noise": Scale(3, {"shift": 0.0})}
+
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, int]] = []
+        self.prepared = 0
+        self.fail: set[tuple[str, int]] = set()
+        self.raises: type[BaseException] = ValueError
+
+    def arms(self, scale: Scale):
+        return [Arm("a", "baseline"), Arm("b", settings={"shift": scale.settings["shift"]})]
+
+    def prepare(self, arms, settings, directory):
+        self.prepared += 1
+        return {"unit": 2.0}
+
+    def measure(self, cell: Cell) -> Measurement:
+        self.runs.append((cell.arm.name, cell.seed))
+        if (cell.arm.name, cell.seed) in self.fail:
+            raise self.raises("planted")
+        noise = ((cell.seed * 7919) % 11) / 10
+        own = ((cell.seed * 104729) % 7) / 100 if cell.arm.name == "b" else 0.0
+        shift = cell.arm.settings.get("shift", 0.0)
+        return Measurement({"loss": cell.prepared["unit"] + noise + own - shift}, tokens=10)
+
+
+@pytest.fixture
+def coin(monkeypatch):
+    study = Coin()
+    monkeypatch.setattr("torchstone.lab.worker.from_reference", lambda reference: study)
+    return study
+
+
+def options(path, **changes):
+    return RunOptions(**{"on": "inline", "out": path, **changes})
+
+
+def test_a_study_runs_every_cell_once_and_leaves_three_files(coin, tmp_path):
+    finished = run_study(coin, options(tmp_path / "s"), Quiet())
+    assert sorted(coin.runs) == [(arm, seed) for arm in "ab" for seed in range(3)]
+    assert coin.prepared == 1
+    assert finished.verdicts[0].status == "holds"
+    assert {"result.json", "report.html", "report.md"} <= {path.name for path in (tmp_path / "s").iterdir()}
+    data = json.loads((tmp_path / "s" / "result.json").read_text())
+    assert len(data["cells"]) == 6
+    assert data["cells"][0]["tokens"] == 10
+
+
+def test_the_same_command_continues_and_reruns_nothing(coin, tmp_path):
+    run_study(coin, options(tmp_path), Quiet())
+    coin.runs.clear()
+    again = run_study(coin, options(tmp_path), Quiet())
+    assert coin.runs == []
+    assert coin.prepared == 1
+    assert again.verdicts[0].status == "holds"
+
+
+def test_more_seeds_run_only_the_new_cells_and_the_report_says_that_numbers_were_seen(coin, tmp_path):
+    run_study(coin, options(tmp_path), Quiet())
+    coin.runs.clear()
+    finished = run_study(coin, options(tmp_path, seeds=5), Quiet())
+    assert sorted(coin.runs) == [(arm, seed) for arm in "ab" for seed in (3, 4)]
+    assert any("raised from 3 to 5" in note for note in finished.result.notes)
+
+
+def test_another_study_in_the_directory_is_refused(coin, tmp_path):
+    run_study(coin, options(tmp_path), Quiet())
+    with pytest.raises(StudyError, match="holds another study"):
+        run_study(coin, options(tmp_path, scale="noise"), Quiet())
+
+
+def test_an_unknown_scale_is_refused(coin, tmp_path):
+    with pytest.raises(StudyError, match="scale 'huge' is not one of"):
+        run_study(coin, options(tmp_path, scale="huge"), Quiet())
+
+
+def test_a_failed_cell_is_kept_shown_and_not_rerun(coin, tmp_path):
+    coin.fail = {("b", 1)}
+    finished = run_study(coin, options(tmp_path), Quiet())
+    assert finished.verdicts[0].status == "inconclusive"
+    failed = [cell for cell in finished.result.cells if cell.status == "failed"]
+    assert [(cell.arm, cell.seed) for cell in failed] == [("b", 1)]
+    assert "planted" in failed[0].error
+    assert "planted" in (tmp_path / "report.md").read_text()
+    coin.runs.clear()
+    run_study(coin, options(tmp_path), Quiet())
+    assert coin.runs == []
+
+
+def test_an_interrupt_keeps_finished_cells_and_releases_leases(coin, tmp_path):
+    coin.fail, coin.raises = {("b", 1)}, KeyboardInterrupt
+    with pytest.raises(InterruptedRun, match="same command continues"):
+        run_study(coin, options(tmp_path), Quiet())
+    done = len(coin.runs) - 1
+    coin.fail = set()
+    coin.runs.clear()
+    finished = run_study(coin, options(tmp_path), Quiet())
+    assert len(coin.runs) == 6 - done
+    assert finished.verdicts[0].status == "holds"
+
+
+def test_f28_a_cell_of_another_configuration_is_refused(coin, tmp_path):
+    run_study(coin, options(tmp_path), Quiet())
+    path = tmp_path / "cells" / "a" / "seed-0" / "cell.json"
+    data = json.loads(path.read_text())
+    data["fingerprint"] = "0" * 32
+    path.write_text(json.dumps(data))
+    with pytest.raises(StudyError, match="never mixed"):
+        run_study(coin, options(tmp_path), Quiet())
+
+
+def test_a_damaged_cell_is_named(coin, tmp_path):
+    run_study(coin, options(tmp_path), Quiet())
+    path = tmp_path / "cells" / "a" / "seed-0" / "cell.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(StudyError, match=r"cell\.json is damaged"):
+        run_study(coin, options(tmp_path), Quiet())
+
+
+def test_two_runners_on_one_directory_share_the_cells(coin, tmp_path):
+    results = []
+
+    def work():
+        results.append(run_study(coin, options(tmp_path), Quiet()))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    run_study(coin, options(tmp_path, seeds=1), Quiet())  # the preparation is done before both start
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(results) == 2
+    assert sorted(coin.runs) == [(arm, seed) for arm in "ab" for seed in range(3)]
+
+
+def test_sequential_seeds_stop_when_decided(coin, tmp_path):
+    finished = run_study(coin, options(tmp_path / "clear", max_seeds=12), Quiet())
+    assert finished.verdicts[0].status == "holds"
+    assert max(seed for _, seed in coin.runs) == 2
+    coin.runs.clear()
+    finished = run_study(coin, options(tmp_path / "noise", scale="noise", max_seeds=5), Quiet())
+    assert max(seed for _, seed in coin.runs) == 4
+    assert [look["n"] for look in finished.verdicts[0].looks] == [3, 5]
+    assert "group-sequential" in finished.result.design
+
+
+def test_a_metric_that_is_not_finite_fails_the_cell(coin, tmp_path, monkeypatch):
+    monkeypatch.setattr(Coin, "measure", lambda self, cell: Measurement({"loss": float("nan")}))
+    finished = run_study(coin, options(tmp_path), Quiet())
+    assert {cell.status for cell in finished.result.cells} == {"failed"}
+
+
+def test_claims_about_unknown_arms_are_refused_before_anything_runs(coin, tmp_path, monkeypatch):
+    monkeypatch.setattr(Coin, "claims", (Claim(id="c", sentence="", metric="loss", arm="z", baseline="a"),))
+    with pytest.raises(StudyError, match="claim 'c' speaks of z"):
+        StudyRun(coin, options(tmp_path), Quiet())
+
+
+@pytest.mark.parametrize("name", ["../up", "a/b", "", "x" * 300])
+def test_hostile_arm_names_are_refused(coin, tmp_path, monkeypatch, name):
+    monkeypatch.setattr(Coin, "arms", lambda self, scale: [Arm("a", "baseline"), Arm("b"), Arm(name)])
+    with pytest.raises(ValueError, match="arm name"):
+        run_study(coin, options(tmp_path), Quiet())
+
+
+def test_plain_progress_names_every_cell(coin, tmp_path, capsys):
+    run_study(coin, options(tmp_path), Lines())
+    lines = capsys.readouterr().err
+    assert "Coins: 6 cells" in lines
+    assert "6/6 b seed 2 done" in lines
