@@ -1,4 +1,4 @@
-"""Calibration of the statistics, by simulation: does an interval cover as it says, do identical arms hold too often?
+"""Calibration of the statistics, by simulation: do intervals cover as they say, do identical arms hold?
 
     python benchmarks/calibration.py            the tables of docs/statistics.md, in about two minutes
     python benchmarks/calibration.py --quick    the same with a tenth of the repetitions
@@ -77,17 +77,13 @@ def seeds_table(trials: int) -> None:
 
 
 def looks_table(trials: int) -> None:
-    """The sequential rule from 3 to 10 seeds: error after every look, coverage at every look and at the stop."""
+    """The sequential rule from 3 to 10 seeds: error and coverage after every look."""
     looks = declared_looks(3, 10)
     for spending in ("linear", "obrien-fleming"):
         design = SequentialDesign(looks, spending=spending)  # type: ignore[arg-type]
         bounds = ", ".join(f"{bound:.2f}" for bound in design.boundaries)
-        print(
-            f"\nSequential rule, looks at {looks}, {spending} spending, |t| boundaries {bounds}; identical arms"
-        )
-        print(
-            "| contrasts | seeds | holds so far % | fails so far % | usual interval covers % | all looks so far cover % |"
-        )
+        print(f"\nSequential rule, looks at {looks}, {spending} spending, |t| above {bounds}; identical arms")
+        print("| contrasts | seeds | held % | failed % | usual interval covers % | all looks cover % |")
         for name, draw in SHAPES.items():
             rng = np.random.default_rng(3)
             holds, fails, usual, joint = (np.zeros(len(looks)) for _ in range(4))
@@ -156,9 +152,7 @@ def items_table(trials: int) -> None:
 
 def half_splits_table(trials: int) -> None:
     """The design of the allocation study: 24 half splits of one set of problems, problems as clusters."""
-    print(
-        "\nHalf splits of 148 problems, 10 configurations, 24 splits; mixed - train-selected pure at 8 samples"
-    )
+    print("\nHalf splits of 148 problems, 10 configurations, 24 splits; mixed - pure, 16 samples")
     print("| population | runs fitted on | true gain | covers % | holds % | fails % | no interval % |")
     for kind, runs in (("identical", 16), ("dominated", 300), ("complementary", 300)):
         found = []
@@ -168,7 +162,7 @@ def half_splits_table(trials: int) -> None:
             for seed in range(24):
                 train, test = random_halves(table, 1000 * trial + seed, None if runs == 300 else runs)
                 for policy in values:
-                    solved = spend(policy, train, test, 8)[0].per_problem.tolist()
+                    solved = spend(policy, train, test, 16)[0].per_problem.tolist()
                     values[policy][seed] = dict(zip(test.problems, solved, strict=True))
             pairs = paired_items(values["mixed"], values["pure"])
             found.append(clustered_estimate(pairs.values, pairs.clusters, np.random.default_rng(trial)))

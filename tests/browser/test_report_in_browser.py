@@ -214,7 +214,32 @@ def test_without_curves_there_is_no_chart_and_no_message(open_report: Open, resu
     assert page.console() == []
 
 
-def test_hundreds_of_cells_are_drawn_quickly(open_report: Open, results: ModuleType) -> None:
+def test_hundreds_of_cells_are_drawn_as_bands(open_report: Open, results: ModuleType) -> None:
     page = open_report(results.BUILDERS["many-cells"]())
     assert page.plot() == {"axis": "tokens", "series": "24", "shown": "24"}
-    assert page.run("return performance.getEntriesByType('navigation')[0].domComplete") < 5000
+    assert page.painted() > 10
+
+
+def test_every_claim_is_linked_from_the_top(open_report: Open, results: ModuleType) -> None:
+    page = open_report(results.study())
+    page.click(".outcomes li:nth-child(3) a")
+    assert page.run("return location.hash") == "#claim-2"
+    assert (
+        page.run("return document.querySelector(':target h3').textContent")
+        == results.study().verdicts[2].sentence
+    )
+
+
+def test_print_shows_everything_but_the_switches(open_report: Open, results: ModuleType) -> None:
+    page = open_report(results.study())
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    hidden = (
+        "return [...document.querySelectorAll(arguments[0])].every((e) => e.getClientRects().length === 0)"
+    )
+    shown = (
+        "return [...document.querySelectorAll(arguments[0])].every((one) => one.getClientRects().length > 0)"
+    )
+    assert page.run(hidden, ".controls, nav, #download") and page.run(
+        shown, ".card, .forest, .plot, .key, .arm"
+    )
+    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

@@ -54,7 +54,7 @@ def test_recipe_kinds_is_enough_to_write_an_arm(out) -> None:
     assert "mixer           attention, differential" in families
     mixers = out("recipe", "kinds", "mixer")
     assert "mixer: differential" in mixers
-    assert "version           'v1' or 'v2'; default 'v1'." in mixers
+    assert "version             'v1' or 'v2'; default 'v1'." in mixers
     assert "model.block.mixer=differential" in mixers
     as_data = json.loads(out("recipe", "kinds", "mixer", "--json"))
     assert as_data["mixer"]["attention"]["settings"]["heads"]["default"] is None

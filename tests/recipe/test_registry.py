@@ -98,5 +98,7 @@ def test_a_family_may_be_named_by_its_place() -> None:
     assert family_named("optimizer") == "optimizer"
     with pytest.raises(ConfigError, match="Did you mean mixer"):
         family_named("mixr")
+    with pytest.raises(ConfigError, match="differential is a kind of mixer"):
+        family_named("differential")
     with pytest.raises(ConfigError, match="there is no family"):
         family_named("model.nothing.here")

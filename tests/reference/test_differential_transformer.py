@@ -92,13 +92,24 @@ def _span(case: str) -> Span:
     return Span(allowed_bts=additive == 0)
 
 
-def _close(ours: Tensor, name: str, relative: bool) -> None:
+def _close(ours: Tensor, name: str, tolerance: float) -> None:
     theirs = _tensor(name)
     assert ours.shape == theirs.shape
-    limit = GRADIENT_TOLERANCE * float(theirs.abs().max()) if relative else OUTPUT_TOLERANCE
     worst = float((ours.detach() - theirs).abs().max())
-    # a gradient that is 0 in exact arithmetic is rounding noise in both codes
-    assert worst <= max(limit, 1e-7), f"{name}: largest difference {worst:.3g}, allowed {limit:.3g}"
+    assert worst <= tolerance, f"{name}: largest difference {worst:.3g}, allowed {tolerance:.3g}"
+
+
+def _gradient_tolerance(name: str, floor: float) -> float:
+    return max(GRADIENT_TOLERANCE * float(_tensor(name).abs().max()), floor)
+
+
+def _noise_floor(theirs: dict[str, str]) -> float:
+    """fp32 rounding of the case's largest gradient.
+
+    With one token the softmax is constant, and gradients of queries, keys and λ are 0 in exact arithmetic: what the
+    file holds for them is the rounding noise of its own order of summation, and a share of it means nothing.
+    """
+    return 4 * float(np.finfo(np.float32).eps) * max(float(np.abs(VECTORS[name]).max()) for name in theirs.values())
 
 
 def test_every_case_is_compared() -> None:
@@ -113,21 +124,25 @@ def test_outputs_and_gradients(case: str, prefix: str, core: str) -> None:
     x = _tensor(f"{case}/x").requires_grad_()
     with observe(mixer) if core == "eager" else nullcontext():
         out, _ = mixer(x, _span(case))
-    _close(out, f"{prefix}out", relative=False)
+    _close(out, f"{prefix}out", OUTPUT_TOLERANCE)
+    theirs = _gradients(prefix)
+    if not theirs:  # some outputs come alone (naive pairing)
+        return
     out.backward(_tensor(f"{case}/cotangent"))
-    gradients = {OUR_NAMES.get(name, name): name for name in _gradient_names(prefix)}
-    if f"{prefix}grad_x" in VECTORS:
-        assert x.grad is not None
-        _close(x.grad, f"{prefix}grad_x", relative=True)
-        assert set(gradients) == {name for name, _ in mixer.named_parameters()}
-    for name, parameter in mixer.named_parameters():
-        if name in gradients:
-            assert parameter.grad is not None
-            _close(parameter.grad, f"{prefix}g.{gradients[name]}", relative=True)
+    ours = {"grad_x": x.grad} | {name: parameter.grad for name, parameter in mixer.named_parameters()}
+    assert set(ours) == set(theirs)
+    floor = _noise_floor(theirs)
+    for name, gradient in ours.items():
+        assert gradient is not None
+        _close(gradient, theirs[name], _gradient_tolerance(theirs[name], floor))
 
 
-def _gradient_names(prefix: str) -> list[str]:
-    return [name.removeprefix(f"{prefix}g.") for name in VECTORS if name.startswith(f"{prefix}g.")]
+def _gradients(prefix: str) -> dict[str, str]:
+    """Our name of everything that has a gradient in the file → the name of that gradient."""
+    start = f"{prefix}g."
+    names = [name.removeprefix(start) for name in VECTORS if name.startswith(start)]
+    found = {OUR_NAMES.get(name, name): start + name for name in names}
+    return found | ({"grad_x": f"{prefix}grad_x"} if f"{prefix}grad_x" in VECTORS else {})
 
 
 @pytest.mark.parametrize("case", sorted(CONFIG))

@@ -481,7 +481,7 @@ def hostile() -> Result:
 BUILDERS = {
     "study": study,
     "many-arms": lambda: study(arms=9, seeds=3),
-    "many-cells": lambda: study(arms=8, seeds=40, points=2000, failed=False),
+    "many-cells": lambda: study(arms=8, seeds=40, points=500, failed=False),
     "algorithm": algorithm,
     "nothing": comparison,
     "one-arm": lambda: study(arms=1, seeds=2),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import ModuleType
 
 from torchstone.lab.result import CellRecord, Figure, Line, Series
@@ -61,3 +62,12 @@ def test_a_line_without_points_is_kept_in_the_legend(results: ModuleType) -> Non
     figure = Figure(title="t", x_label="x", y_label="y", lines=(Line(name="none", x=(), y=()),))
     chart = charts.figures(results.comparison().model_copy(update={"figures": (figure,)}), FULL)[0]
     assert chart.lines[0].last is None and not chart.steep
+
+
+def test_the_estimate_is_near_the_truth(results: ModuleType) -> None:
+    for detail in (FULL, Detail(100, False)):
+        result = results.study()
+        real = len(
+            json.dumps([chart.payload() for chart in charts.curves(result, detail)], separators=(",", ":"))
+        )
+        assert 0.7 * real < charts.estimated_bytes(result, detail) < 1.4 * real

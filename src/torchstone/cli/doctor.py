@@ -42,7 +42,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
     for section in ("versions", "machine", "arithmetic", "compile", "extras", "storage"):
         typer.echo(section)
         for name, value in found[section].items():
-            typer.echo(f"  {name:<22}{value}")
+            typer.echo(f"  {name:<24}{value}")
     for problem in found["problems"]:
         typer.echo(f"! {problem}")
     typer.echo("no problem found" if not found["problems"] else f"{len(found['problems'])} to look at")
@@ -174,6 +174,8 @@ def _extras() -> dict[str, str]:
 
 
 def _storage(problems: list[str]) -> dict[str, str]:
+    from torchstone.data.cache import cache_folder
+
     here = Path.cwd()
     free = shutil.disk_usage(here).free
     if free < LEAST_FREE_BYTES:
@@ -185,6 +187,7 @@ def _storage(problems: list[str]) -> dict[str, str]:
     data = os.environ.get("TORCHSTONE_DATA")
     return {
         "free here": f"{free / 1024**3:.1f} GiB at {here}",
+        "data cache": f"{cache_folder()} (set with TORCHSTONE_CACHE)",
         "data of others": f"{data}{'' if Path(data).is_dir() else ' (no such folder)'}"
         if data
         else "$TORCHSTONE_DATA is not set; ../shared/data beside the project is looked at",

@@ -40,8 +40,8 @@ def show(file: RecipeFile, overrides: Overrides = None) -> None:
 @recipe.command("check")
 def check(file: RecipeFile, overrides: Overrides = None) -> None:
     """Check a recipe without training: every key, every kind, and that the model can be built."""
-    from torchstone.lab.matching import counts_of
     from torchstone.recipe.load import load_recipe
+    from torchstone.train.budget import counts_of
 
     loaded = load_recipe(file, overrides or [])
     parameters = counts_of(loaded).parameters
@@ -84,11 +84,10 @@ def kinds(
 
 def cost(loaded: Recipe) -> dict[str, str]:
     """Size, memory and total cost of a recipe as text, by name."""
-    from torchstone.lab.matching import counts_of, total_steps, training_flops
+    from torchstone.train.budget import counts_of, steps_of, tokens_per_step
 
-    counts, steps = counts_of(loaded), total_steps(loaded)
-    data: Any = loaded.data
-    tokens = steps * loaded.batch.sequences * data.sequence_length()
+    counts, steps = counts_of(loaded), steps_of(loaded)
+    tokens = steps * tokens_per_step(loaded)
     return {
         "parameters": f"{counts.parameters:,} ({counts.non_embedding:,} without embeddings)",
         "forward FLOPs per token": human(counts.forward_flops_per_token),
@@ -97,34 +96,37 @@ def cost(loaded: Recipe) -> dict[str, str]:
         "memory for training": _memory(loaded, counts),
         "steps": f"{steps:,}",
         "tokens": f"{tokens:,} ({tokens / max(counts.non_embedding, 1):.3g} per non-embedding parameter)",
-        "training FLOPs": human(training_flops(loaded)),
+        "training FLOPs": human(counts.training_flops_per_token * tokens),
     }
 
 
 def _memory(loaded: Recipe, counts: Counts) -> str:
     """Estimated memory of one process, for the recipe's precision or for both that `auto` may choose."""
     from torchstone.models.counts import OPTIMIZER_VALUES, Precision, memory_estimate
+    from torchstone.objectives.next_token import CHUNK_ELEMENTS
 
-    if loaded.optimizer.kind not in OPTIMIZER_VALUES:
-        return f"no estimate for optimizer {loaded.optimizer.kind}"
+    optimizer = loaded.optimizer.kind
+    if optimizer not in OPTIMIZER_VALUES:
+        return f"no estimate for optimizer {optimizer}"
+    rows = loaded.batch.micro or loaded.batch.sequences
+    chunk = getattr(loaded.objective, "chunk", None) or max(128, CHUNK_ELEMENTS // counts.vocab_size)
     precisions: tuple[Precision, ...] = (
         ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
     )
     parts = []
     for precision in precisions:
-        found = memory_estimate(
-            counts,
-            loaded.batch.micro or loaded.batch.sequences,
-            precision,
-            loaded.optimizer.kind,
-            getattr(loaded.objective, "chunk", None),
-        )
+        found = memory_estimate(counts, rows, precision, optimizer, chunk)
+        weights = found.parameters + found.gradients + found.optimizer
         parts.append(
-            f"{found.total / 2**20:,.0f} MiB in {precision} (weights, gradients, optimizer "
-            f"{(found.parameters + found.gradients + found.optimizer) / 2**20:,.0f}, activations "
-            f"{found.activations / 2**20:,.0f}, logits {found.logits / 2**20:,.0f})"
+            f"{_mebibytes(found.total)} MiB in {precision} (weights, gradients and optimizer "
+            f"{_mebibytes(weights)}, activations {_mebibytes(found.activations)}, "
+            f"logits {_mebibytes(found.logits)})"
         )
-    return "about " + " or ".join(parts)
+    return "about " + ", or ".join(parts)
+
+
+def _mebibytes(number: int) -> str:
+    return f"{number / 2**20:,.0f}"
 
 
 def human(number: float) -> str:

@@ -1,4 +1,4 @@
-"""Progress of a build that takes a while: a bar on a terminal, otherwise a plain line now and then; on stderr."""
+"""Progress of a build that takes a while: a bar on a terminal, else a plain line now and then; on stderr."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(what: str) -> Iterator[Advance]:
-    """Yields a function that shows how far the work is. Nothing is shown of work under a few seconds, off a terminal.
+    """Yields a function that shows how far the work is; off a terminal, short work shows nothing.
 
     Args:
         what: what is made, for example "tokenising the corpus".

@@ -1,8 +1,8 @@
 """Corpus: documents in a fixed order, each with a name and the place where it was read.
 
-A corpus is read from its start every time; reading it twice gives the same documents. What cannot be used is a
-DataError with `file:line` and the reason, unless the corpus is told to skip; then each bad row is reported to
-`reject` and counted.
+A corpus is read from its start every time; reading it twice gives the same documents. What cannot be used is
+a DataError with `file:line` and the reason, unless the corpus is told to skip; then each bad row is reported
+to `reject` and counted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Random numbers as a pure function of a key: any row of any step, in any order, on any machine.
 
-The generator is SplitMix64 used as a hash: number i of key k is mix(k + (i + 1) * golden). It is a few array operations,
-so that thousands of rows with a key each are made at once, and it does not change with the numpy version.
+The generator is SplitMix64 used as a hash: number i of key k is mix(k + (i + 1) * golden). It is a few array
+operations, so that thousands of rows with a key each are made at once, and it does not change with the numpy
+version.
 
 Shapes: b keys · n numbers per key.
 """

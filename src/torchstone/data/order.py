@@ -1,6 +1,7 @@
 """In which order a run sees its sequences: a new shuffle each epoch, each item exactly once per epoch.
 
-Sequence number p of a run (p = step * batch size + row) lies in epoch p // n, at place p % n of that epoch's shuffle.
+Sequence number p of a run (p = step * batch size + row) lies in epoch p // n, at place p % n of that epoch's
+shuffle.
 """
 
 from __future__ import annotations

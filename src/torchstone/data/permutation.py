@@ -1,8 +1,8 @@
 """A shuffle of 0 … n-1 that is computed, not stored: item i of a shuffle of a billion costs a few operations.
 
-A Feistel network is a keyed bijection on pairs of half-words (left, right) -> (right, left XOR f(right)), whatever
-f is. Its domain is the next power of four >= n; a result outside 0 … n-1 is sent through again ("cycle walking"),
-which keeps it a bijection and takes fewer than four passes on average.
+A Feistel network is a keyed bijection on pairs of half-words (left, right) -> (right, left XOR f(right)),
+whatever f is. Its domain is the next power of four >= n; a result outside 0 … n-1 is sent through again
+("cycle walking"), which keeps it a bijection and takes fewer than four passes on average.
 """
 
 from __future__ import annotations

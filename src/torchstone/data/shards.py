@@ -2,18 +2,19 @@
 
 A folder holds, for each of `train` and `validation`:
 
-    train.tokens            all documents one after the other, each closed by the end-of-document id; uint16 or uint32
-    train.ends              int64, where each document ends (its closing id included)
+    train.tokens            all documents one after the other, each closed by the end-of-document id; uint16
+    or uint32 train.ends              int64, where each document ends (its closing id included)
     train.documents.jsonl   id and location of each document
 
-`manifest.json` holds sizes and hashes, and `quarantine.jsonl` the rows that were left out, if any. The folder appears
-whole or not at all; two processes that build at once both succeed, and one's work is kept.
+`manifest.json` holds sizes and hashes, and `quarantine.jsonl` the rows that were left out, if any. The folder
+appears whole or not at all; two processes that build at once both succeed, and one's work is kept.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -58,8 +59,10 @@ class Shard:
         tokens = self.tokens[start:stop].astype(np.int64)
         if tokens.size and tokens.max() >= self.vocab_size:
             raise DataError(
-                f"{self.folder / self.name}.tokens holds the id {tokens.max()} between {start} and {stop}, but the "
-                f"vocabulary has {self.vocab_size} ids; the file is damaged. Delete {self.folder} to build it again."
+                f"{self.folder / self.name}.tokens holds the id {tokens.max()} between {start} and "
+                f"{stop}, but the "
+                f"vocabulary has {self.vocab_size} ids; the file is damaged. Delete {self.folder} to "
+                "build it again."
             )
         return tokens
 
@@ -119,7 +122,7 @@ def open_or_build(corpus: Corpus, tokenizer: Tokenizer, fraction: float, cache: 
 
 
 def open_shards(folder: Path) -> Shards:
-    """Map a built folder into memory; raises DataError if a file is missing or has another size than when built."""
+    """Map a built folder into memory; raises DataError if a file is missing or has another size."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
         sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
@@ -140,7 +143,9 @@ def verify(shards: Shards) -> None:
 
 
 def _damaged(folder: Path, reason: str) -> DataError:
-    return DataError(f"the tokenised corpus in {folder} is damaged: {reason}. Delete the folder to build it again.")
+    return DataError(
+        f"the tokenised corpus in {folder} is damaged: {reason}. Delete the folder to build it again."
+    )
 
 
 def _open_shard(folder: Path, name: str, manifest: dict[str, Any]) -> Shard:
@@ -156,19 +161,21 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
     return np.memmap(path, dtype=dtype, mode="r")
 
 
-@dataclass
 class _Writer:
-    """Appends tokenised documents to the files of one split."""
+    """Appends tokenised documents to the files of one split; `stack` closes them."""
 
-    tokens: BinaryIO
-    ends: BinaryIO
-    labels: BinaryIO
-    dtype: str
-    count: int = 0
-    documents: int = 0
-    text_bytes: int = 0
+    def __init__(self, stack: ExitStack, folder: Path, name: str, dtype: str) -> None:
+        def opened(part: str) -> BinaryIO:
+            return stack.enter_context(open(folder / f"{name}.{part}", "wb"))
+
+        self.tokens, self.ends, self.labels = map(opened, ("tokens", "ends", "documents.jsonl"))
+        self.dtype = dtype
+        self.count = 0
+        self.documents = 0
+        self.text_bytes = 0
 
     def add(self, document: Document, ids: list[int], end: int) -> None:
+        """Append one document and the id that ends it."""
         self.tokens.write(np.asarray([*ids, end], dtype=self.dtype).tobytes())
         self.count += len(ids) + 1
         self.documents += 1
@@ -176,26 +183,21 @@ class _Writer:
         self.ends.write(np.asarray([self.count], dtype="<i8").tobytes())
         self.labels.write(json.dumps([document.id, document.location]).encode() + b"\n")
 
-    def close(self) -> None:
-        for file in (self.tokens, self.ends, self.labels):
-            file.close()
 
-
-def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]) -> None:
+def _build(
+    folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]
+) -> None:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    files = {name: [folder / f"{name}.{part}" for part in ("tokens", "ends", "documents.jsonl")] for name in SPLITS}
-    writers = {name: _Writer(*(open(path, "wb") for path in paths), dtype) for name, paths in files.items()}
     rejected: list[Rejected] = []
-    try:
-        with progress("tokenising the corpus") as advance:
-            _tokenise(split(corpus.documents(rejected.append), fraction), tokenizer, writers, advance)
-    finally:
-        for writer in writers.values():
-            writer.close()
+    with ExitStack() as stack, progress("tokenising the corpus") as advance:
+        writers = {name: _Writer(stack, folder, name, dtype) for name in SPLITS}
+        _tokenise(split(corpus.documents(rejected.append), fraction), tokenizer, writers, advance)
     if rejected:
         lines = [json.dumps(vars(item)) + "\n" for item in rejected]
         (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
-    written = {path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())}
+    written = {
+        path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())
+    }
     manifest = {
         "format": FORMAT, "source": source, "dtype": dtype, "vocab_size": tokenizer.vocab_size,
         "splits": {
@@ -208,13 +210,18 @@ def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, 
 
 
 def _tokenise(
-    documents: Iterable[tuple[Document, bool]], tokenizer: Tokenizer, writers: dict[str, _Writer], advance: Advance
+    documents: Iterable[tuple[Document, bool]],
+    tokenizer: Tokenizer,
+    writers: dict[str, _Writer],
+    advance: Advance,
 ) -> None:
     for group in _groups(documents):
-        for (document, held), ids in zip(group, tokenizer.encode_batch([d.text for d, _ in group]), strict=True):
+        encoded = tokenizer.encode_batch([document.text for document, _ in group])
+        for (document, held), ids in zip(group, encoded, strict=True):
             if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
                 raise DataError(
-                    f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, outside its "
+                    f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, "
+                    "outside its "
                     f"vocabulary of {tokenizer.vocab_size}; use the tokenizer.json that belongs together."
                 )
             writers[SPLITS[held]].add(document, ids, tokenizer.end_of_document)

@@ -1,7 +1,8 @@
 """DataSource: what training and evaluation ask of data, whatever it is made from.
 
-A batch is a pure function of (data fingerprint, seed, step): no iterator, no state, nothing to save. A process
-of a distributed run asks for its rows of the global batch; the union is the same for every number of processes.
+A batch is a pure function of (data fingerprint, seed, step): no iterator, no state, nothing to save. A
+process of a distributed run asks for its rows of the global batch; the union is the same for every number of
+processes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class DataSource(Protocol):
 
     `vocab_size`: token ids are 0 … vocab_size-1. `length`: tokens of a sequence. `fingerprint`: hexadecimal,
     equal exactly when the data is equal. `tokenizer`: None where tokens are no text. `bytes_per_token`: UTF-8
-    bytes per token of the held-out text, to turn nats per token into bits per byte; None where there is no text.
+    bytes per token of the held-out text, to turn nats per token into bits per byte; None where there is no
+    text.
     """
 
     @property

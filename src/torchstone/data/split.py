@@ -1,8 +1,8 @@
 """Which documents are held out.
 
-A document is held out if the hash of its id falls below the fraction: adding documents never moves the others from
-one side to the other. A corpus of few long documents (a single text file, say) cannot be divided so; there the
-last part of every document is held out.
+A document is held out if the hash of its id falls below the fraction: adding documents never moves the others
+from one side to the other. A corpus of few long documents (a single text file, say) cannot be divided so;
+there the last part of every document is held out.
 """
 
 from __future__ import annotations

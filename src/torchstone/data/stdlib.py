@@ -2,7 +2,8 @@
 
 Which files: all `.py` sources of the running Python, by relative path. Left out is what differs between two
 installations of the same version: tests, installed packages, files that the build generates, and the packages
-that system distributions ship apart (tkinter, idlelib, ensurepip, …). Empty files hold no text and are left out.
+that system distributions ship apart (tkinter, idlelib, ensurepip, …). Empty files hold no text and are left
+out.
 
 Pitfall: another Python version is another corpus, with another fingerprint.
 """
@@ -52,7 +53,8 @@ class StdlibCorpus:
         self.files = sorted(self._sources(), key=lambda path: path.relative_to(root).as_posix())
         if not self.files:
             raise DataError(
-                f"this Python has no standard-library sources in {root}; install one with its .py files, or use "
+                f"this Python has no standard-library sources in {root}; install one with its .py "
+                "files, or use "
                 "another corpus, for example data.corpus.kind=files data.corpus.paths=my-text/*.txt."
             )
 
@@ -75,6 +77,6 @@ class StdlibCorpus:
     def _sources(self) -> Iterator[Path]:
         for path in self.root.rglob("*.py"):
             folders = path.relative_to(self.root).parts[:-1]
-            if _FOLDERS.isdisjoint(folders) and not any(part.startswith("config-") for part in folders):
-                if not path.name.startswith(_FILES):
-                    yield path
+            generated = path.name.startswith(_FILES) or any(part.startswith("config-") for part in folders)
+            if not generated and _FOLDERS.isdisjoint(folders):
+                yield path

@@ -3,13 +3,13 @@
     d1 d1 d1 END d2 d2 END d3 d3 d3 d3 END …      one stream of all training documents in corpus order
     [  window 0 ][  window 1 ][  window 2 ]       `length` inputs each; the targets are one token further
 
-Windows are drawn in a new shuffle each epoch. With `mask_documents` attention stays inside a document, positions
-restart at each document, and the first token of a document (which nothing predicts) is not scored.
+Windows are drawn in a new shuffle each epoch. With `mask_documents` attention stays inside a document,
+positions restart at each document, and the first token of a document (which nothing predicts) is not scored.
 
 Shapes: b sequences · t tokens.
 
-Pitfall: without `mask_documents` a window may see the end of an unrelated document before its own; that is the usual
-way of pretraining, cheap and mostly harmless.
+Pitfall: without `mask_documents` a window may see the end of an unrelated document before its own; that is
+the usual way of pretraining, cheap and mostly harmless.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class TextConfig(Part):
     tokenizer: part_field("tokenizer") = {"kind": "bpe"}  # type: ignore[valid-type]
     length: int = Field(default=128, gt=0, description="tokens of a sequence")
     mask_documents: bool = Field(default=False, description="attention and positions stay inside a document")
-    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="share of the documents held out")
+    validation_fraction: float = Field(
+        default=0.05, gt=0, lt=1, description="share of the documents held out"
+    )
 
     def vocabulary(self) -> int:
         """Number of token ids, without building the data."""
@@ -87,7 +89,9 @@ class TextSource:
         mask_documents: give document ids and restarting positions with each batch.
     """
 
-    def __init__(self, shards: Shards, tokenizer: Tokenizer, length: int, mask_documents: bool = False) -> None:
+    def __init__(
+        self, shards: Shards, tokenizer: Tokenizer, length: int, mask_documents: bool = False
+    ) -> None:
         self.shards = shards
         self.tokenizer = tokenizer
         self.length = length
@@ -99,8 +103,10 @@ class TextSource:
         for shard, count in ((shards.train, self.windows), (shards.validation, self._held_out)):
             if count == 0:
                 raise DataError(
-                    f"the {shard.name} split has {len(shard.tokens)} tokens, too few for one sequence of {length} "
-                    "and its target; give more text, a shorter data.length, or another data.validation_fraction."
+                    f"the {shard.name} split has {len(shard.tokens)} tokens, too few for one sequence "
+                    f"of {length} "
+                    "and its target; give more text, a shorter data.length, or another "
+                    "data.validation_fraction."
                 )
 
     @property
@@ -122,7 +128,8 @@ class TextSource:
         """
         if sequences > self._held_out:
             raise DataError(
-                f"the held-out text has {self._held_out} sequences of {self.length} tokens, but {sequences} are asked "
+                f"the held-out text has {self._held_out} sequences of {self.length} tokens, but "
+                f"{sequences} are asked "
                 f"for; set evaluation.sequences to at most {self._held_out}, shorten data.length, or raise "
                 "data.validation_fraction."
             )
@@ -160,7 +167,8 @@ class TextSource:
         ends_bt = tokens_bt == self.tokenizer.end_of_document
         targets_bt = np.where(ends_bt, IGNORE, targets_bt)
         documents_bt, positions_bt = _inside_documents(ends_bt)
-        return Batch(_tensor(tokens_bt), _tensor(targets_bt), _tensor(positions_bt), _tensor(documents_bt), rows)
+        positions, documents = _tensor(positions_bt), _tensor(documents_bt)
+        return Batch(_tensor(tokens_bt), _tensor(targets_bt), positions, documents, rows)
 
 
 def _windows(shard: Shard, length: int) -> int:
@@ -169,7 +177,7 @@ def _windows(shard: Shard, length: int) -> int:
 
 
 def _inside_documents(ends_bt: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Number of each token's document in its row, and the token's position in that document's part of the row."""
+    """Number of each token's document in its row, and the token's position since the document began."""
     starts_bt = np.zeros_like(ends_bt)
     starts_bt[:, 1:] = ends_bt[:, :-1]
     steps_bt = np.broadcast_to(np.arange(ends_bt.shape[1]), ends_bt.shape)

@@ -1,7 +1,7 @@
 """Tokenizers: bytes, byte-pair encoding trained on the corpus itself, and a Hugging Face `tokenizer.json`.
 
-All three are lossless on any text or say so. The id that ends a document is never the encoding of text: text that
-spells a special token, such as `<|endoftext|>`, is encoded as ordinary characters.
+All three are lossless on any text or say so. The id that ends a document is never the encoding of text: text
+that spells a special token, such as `<|endoftext|>`, is encoded as ordinary characters.
 
 Byte-pair encoding (Sennrich et al., 2016; on bytes as in GPT-2) merges the most frequent pair of neighbouring
 tokens, again and again, until the vocabulary is full. It is trained once per corpus and setting and kept.
@@ -50,8 +50,12 @@ class BPEConfig(Part):
 
     family: ClassVar[str] = "tokenizer"
     kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(default=1024, ge=258, le=1_000_000, description="ids, the end of a document included")
-    sample_bytes: int = Field(default=4_000_000, gt=0, description="bytes of training text that merges are counted on")
+    vocab_size: int = Field(
+        default=1024, ge=258, le=1_000_000, description="ids, the end of a document included"
+    )
+    sample_bytes: int = Field(
+        default=4_000_000, gt=0, description="bytes of training text that merges are counted on"
+    )
 
     def vocabulary(self) -> int:
         """Number of token ids. A tiny corpus may leave the last ones unused."""
@@ -93,7 +97,8 @@ class HuggingFaceTokenizerConfig(Part):
 
     def _load(self) -> FileTokenizer:
         path = Path(self.path)
-        return FileTokenizer(path / "tokenizer.json" if path.is_dir() else path, end_name=self.end_of_document)
+        file = path / "tokenizer.json" if path.is_dir() else path
+        return FileTokenizer(file, end_name=self.end_of_document)
 
 
 class ByteTokenizer:
@@ -140,7 +145,8 @@ class FileTokenizer:
             raise DataError(f"the tokenizer file {path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # the library raises plain Exception
             raise DataError(
-                f"{path} is not a tokenizer.json of the tokenizers library ({error}); give the path of one, or remove "
+                f"{path} is not a tokenizer.json of the tokenizers library ({error}); give the path "
+                "of one, or remove "
                 "a damaged file."
             ) from error
         self._inner.encode_special_tokens = True  # text that spells a special token stays text
@@ -148,7 +154,9 @@ class FileTokenizer:
         self._inner.no_padding()
         highest = max(self._inner.get_vocab(with_added_tokens=True).values(), default=-1)
         self.vocab_size = highest + 1 if vocab_size is None else vocab_size
-        self.end_of_document = _end_id(self._inner, path, end_name) if end_of_document is None else end_of_document
+        if end_of_document is None:
+            end_of_document = _end_id(self._inner, path, end_name)
+        self.end_of_document = end_of_document
         self._content = content
 
     @cached_property
@@ -173,8 +181,8 @@ class FileTokenizer:
 def sample(documents: Iterable[Document], size: int) -> Iterator[str]:
     """Texts of about `size` bytes: the documents whose ids have the smallest hashes, smallest first.
 
-    The choice depends on the ids alone, not on the order of the documents; at most `size` bytes and one document
-    are held. A document longer than `size` is cut.
+    The choice depends on the ids alone, not on the order of the documents; at most `size` bytes and one
+    document are held. A document longer than `size` is cut.
     """
     kept: list[tuple[int, str]] = []
     total = 0
@@ -194,7 +202,9 @@ def _train(texts: Iterable[str], vocab_size: int) -> str:
     tokenizer.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = hf.decoders.ByteLevel()
     trainer = hf.trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet())
+        vocab_size=vocab_size - 1,
+        show_progress=False,
+        initial_alphabet=sorted(hf.pre_tokenizers.ByteLevel.alphabet()),
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer.to_str()

@@ -8,14 +8,14 @@ differ in arithmetic. An arm is matched to the baseline (see `torchstone.lab.mat
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchstone.errors import ConfigError
 from torchstone.lab import matching
-from torchstone.lab.result import ArmRecord, Change, Match, Series, Table
+from torchstone.lab.result import ArmRecord, Change, Figure, Line, Match, Series, Table
 from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
 from torchstone.recipe.diff import differences
 from torchstone.recipe.load import load_recipe
@@ -23,6 +23,7 @@ from torchstone.recipe.schema import Recipe
 from torchstone.recipe.yaml import dump_yaml
 
 if TYPE_CHECKING:
+    from torchstone.data.batch import Batch
     from torchstone.data.source import DataSource
     from torchstone.models.decoder import Decoder
     from torchstone.train.run import RunSummary
@@ -32,13 +33,23 @@ SMALL_PARAMETERS = 30_000_000
 
 @dataclass(frozen=True)
 class Variant:
-    """An arm as its overrides on the base recipe. `matched=False` leaves its size as the overrides make it."""
+    """An arm as overrides on another arm's recipe.
+
+    Attributes:
+        name: of the arm.
+        overrides: `key=value` lines; none for the baseline.
+        role: `baseline`, `arm` or `control`.
+        note: one line for the reader.
+        matched: False leaves the arm as large as the overrides make it.
+        against: the arm that this one changes and is matched to; empty: the study's baseline.
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
     role: str = "arm"
     note: str = ""
     matched: bool = True
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,15 @@ class Trained:
     model: Decoder
     data: DataSource
     summary: RunSummary
+
+    def accuracy(self, batches: Iterable[Batch]) -> float:
+        """Share of the batches' targets that the model ranks first."""
+        import torch
+
+        objective = self.recipe.objective.build()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            outputs = [objective(self.model, batch) for batch in batches]
+        return float(sum(output.correct_bt.sum() for output in outputs)) / float(sum(output.count for output in outputs))
 
 
 @dataclass(frozen=True)
@@ -99,25 +119,24 @@ class TrainingStudy(Study):
         return Probe()
 
     def arms(self, scale: Scale) -> Sequence[Arm]:
-        """Every variant resolved to a complete, matched recipe."""
-        base = self._at_rate(self.base(scale), self.baseline)
-        return [self._arm(base, variant) for variant in self.variants(scale)]
+        """Every variant resolved to a complete, matched recipe; a variant comes after the one that it changes."""
+        recipes: dict[str, Recipe] = {}
+        arms = []
+        for variant in self.variants(scale):
+            first = variant.name == self.baseline
+            origin = self.base(scale) if first else recipes[variant.against or self.baseline]
+            recipe = self._at_rate(load_recipe(origin, variant.overrides), variant.name)
+            record: Match | None = None
+            if self.matching is not None and variant.matched and not first:
+                recipe, record = matching.match(origin, recipe, self.matching.on, self.matching.free, self.matching.tolerance)
+            recipes[variant.name] = recipe
+            arms.append(_arm(variant, origin, recipe, record))
+        return arms
 
     def _at_rate(self, recipe: Recipe, arm: str) -> Recipe:
         if self.tuned is None:
             return recipe
         return load_recipe(recipe, [f"optimizer.learning_rate={self.tuned.rates[arm]!r}"])
-
-    def _arm(self, base: Recipe, variant: Variant) -> Arm:
-        recipe = self._at_rate(load_recipe(base, variant.overrides), variant.name)
-        record: Match | None = None
-        if self.matching is not None and variant.matched and variant.name != self.baseline:
-            recipe, record = matching.match(base, recipe, self.matching.on, self.matching.free, self.matching.tolerance)
-        changes = [Change(path=path, baseline=before, value=after).model_dump(mode="json")
-                   for path, before, after in differences(base, recipe)]
-        settings = {"recipe": recipe.data_dict(), "intervention": changes,
-                    "match": record.model_dump(mode="json") if record else None}
-        return Arm(variant.name, variant.role, variant.note, settings)  # type: ignore[arg-type]
 
     def arm_record(self, arm: Arm) -> ArmRecord:
         """Size, cost, intervention, match and learning rate of an arm."""
@@ -182,6 +201,17 @@ class TrainingStudy(Study):
         )
 
 
+def _arm(variant: Variant, origin: Recipe, recipe: Recipe, record: Match | None) -> Arm:
+    changes = [
+        Change(path=path, baseline=before, value=after).model_dump(mode="json")
+        for path, before, after in differences(origin, recipe)
+    ]
+    settings = {
+        "recipe": recipe.data_dict(), "intervention": changes, "match": record.model_dump(mode="json") if record else None,
+    }
+    return Arm(variant.name, variant.role, variant.note, settings)  # type: ignore[arg-type]
+
+
 def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Series]:
     """Training and validation loss as series against steps, tokens, FLOPs and seconds."""
     axes = ("steps", "tokens", "flops", "seconds")
@@ -189,6 +219,23 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Se
         f"{name} loss": Series(axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"]))
         for name, record in history.items() if record["loss"]
     }
+
+
+def depth_figure(cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str) -> tuple[Figure, ...]:
+    """A model's own number (`layer03/lambda` in `extra`) against the layer, mean and range over seeds; none if no arm has it."""
+    found: dict[str, list[list[float]]] = {}
+    for cell, measurement in cells:
+        values = [value for key, value in sorted(measurement.extra.items()) if key.endswith(f"/{name}")]
+        if values:
+            found.setdefault(cell.arm.name, []).append(values)
+    lines = tuple(
+        Line(
+            name=arm, x=tuple(range(len(rows[0]))), y=tuple(sum(column) / len(column) for column in zip(*rows, strict=True)),
+            low=tuple(map(min, zip(*rows, strict=True))), high=tuple(map(max, zip(*rows, strict=True))),
+        )
+        for arm, rows in found.items()
+    )
+    return (Figure(title=title, x_label="layer", y_label=label, lines=lines, note="mean and range over seeds"),) if lines else ()
 
 
 def require_grid(grid: Sequence[float]) -> tuple[float, ...]:

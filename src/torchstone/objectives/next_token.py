@@ -26,7 +26,9 @@ from torchstone.data.batch import IGNORE, Batch
 from torchstone.nn.span import Span
 from torchstone.recipe.part import Part
 
-CHUNK_ELEMENTS = 1 << 23
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}  # on CPUs 4 MB of fp32 stay in a core's cache; not yet tuned on a GPU
+LEAST_TOKENS = 128
+MOST_COMPILED_CHUNKS = 16
 
 
 @dataclass(frozen=True)
@@ -58,36 +60,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        needs_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        weight_cast_vd = weight_vd.to(dtype)
+        cast_nd, cast_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
         losses, grads_h = [], []
-        grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32) if needs_grad else None
-        for start in range(0, hidden_nd.shape[0], chunk):
-            hidden_cd = hidden_nd[start : start + chunk].to(dtype)
-            targets_c = targets_n[start : start + chunk]
-            valid_c = targets_c != IGNORE
-            logits_cv = F.linear(hidden_cd, weight_cast_vd).float()
-            lse_c = torch.logsumexp(logits_cv, dim=-1)
-            index_c1 = targets_c.clamp(min=0).unsqueeze(1)
-            losses.append(torch.where(valid_c, lse_c - logits_cv.gather(1, index_c1).squeeze(1), 0.0))
-            if grad_weight_vd is not None:
-                grad_cv = torch.exp(logits_cv - lse_c.unsqueeze(1))
-                grad_cv = grad_cv.scatter_add(1, index_c1, torch.full_like(lse_c, -1.0).unsqueeze(1))
-                grad_cv = (grad_cv * valid_c.unsqueeze(1)).to(dtype)
-                grads_h.append((grad_cv @ weight_cast_vd).to(hidden_nd.dtype))
-                grad_weight_vd += grad_cv.t() @ hidden_cd
-        losses_n = losses[0] if len(losses) == 1 else torch.cat(losses)
-        if grad_weight_vd is not None:
-            grad_hidden_nd = grads_h[0] if len(grads_h) == 1 else torch.cat(grads_h)
-            ctx.save_for_backward(grad_hidden_nd, grad_weight_vd.to(weight_vd.dtype))
+        grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
+        for hidden_cd, targets_c in zip(cast_nd.split(chunk), targets_n.split(chunk), strict=True):
+            valid_c, index_c1 = targets_c != IGNORE, targets_c.clamp(min=0).unsqueeze(1)
+            log_p_cv = F.linear(hidden_cd, cast_vd).float().log_softmax(-1)
+            losses.append(torch.where(valid_c, -log_p_cv.gather(1, index_c1).squeeze(1), 0.0))
+            minus_one_c1 = torch.full_like(index_c1, -1, dtype=torch.float32)
+            grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(valid_c.unsqueeze(1)).to(dtype)
+            grads_h.append(grad_cv @ cast_vd)
+            grad_weight_vd += grad_cv.t() @ hidden_cd
+        losses_n = torch.cat(losses)
+        ctx.save_for_backward(torch.cat(grads_h).to(hidden_nd.dtype), grad_weight_vd.to(weight_vd.dtype))
         ctx.mark_non_differentiable(losses_n)
         return losses_n.sum(), losses_n
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
         grad_hidden_nd, grad_weight_vd = ctx.saved_tensors
-        scaled_nd = grad_hidden_nd * grad_sum.to(grad_hidden_nd.dtype)
-        return scaled_nd, grad_weight_vd * grad_sum.to(grad_weight_vd.dtype), None, None, None
+        hidden_scale, weight_scale = grad_sum.to(grad_hidden_nd.dtype), grad_sum.to(grad_weight_vd.dtype)
+        return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None
+
+
+def chunk_size(weight_vd: Tensor) -> int:
+    """Tokens whose logits exist at once by default."""
+    return max(LEAST_TOKENS, CHUNK_LOGITS.get(weight_vd.device.type, 1 << 25) // weight_vd.shape[0])
 
 
 def chunked_cross_entropy(
@@ -99,15 +97,22 @@ def chunked_cross_entropy(
         hidden_nd: hidden states.
         weight_vd: output matrix.
         targets_n: int64 token ids; IGNORE (-100) where there is no target.
-        chunk: tokens at a time; None chooses so that a chunk has about 8 million logits.
+        chunk: tokens at a time; None takes `chunk_size`.
 
     Returns:
         the sum (differentiable, fp32) and losses [n] (detached, fp32; 0 where there is no target).
     """
     device = hidden_nd.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
-    size = chunk or max(128, CHUNK_ELEMENTS // weight_vd.shape[0])
-    return _ChunkedCrossEntropy.apply(hidden_nd, weight_vd, targets_n, size, dtype)
+    size = chunk or chunk_size(weight_vd)
+    many = -(-hidden_nd.shape[0] // size) > MOST_COMPILED_CHUNKS
+    return (_outside_the_graph if many else _ChunkedCrossEntropy.apply)(hidden_nd, weight_vd, targets_n, size, dtype)
+
+
+@torch.compiler.disable
+def _outside_the_graph(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The same, not traced by `torch.compile`, which would unroll the chunks and take minutes for many of them."""
+    return _ChunkedCrossEntropy.apply(*arguments)
 
 
 @torch.no_grad()
@@ -115,7 +120,7 @@ def chunked_scores(
     hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Losses [n] and whether each target is the most likely token [n]; arguments as in `chunked_cross_entropy`."""
-    size = chunk or max(128, CHUNK_ELEMENTS // weight_vd.shape[0])
+    size = chunk or chunk_size(weight_vd)
     losses, correct = [], []
     for hidden_cd, targets_c in zip(hidden_nd.split(size), targets_n.split(size), strict=True):
         logits_cv = F.linear(hidden_cd, weight_vd).float()
@@ -152,7 +157,7 @@ class NextTokenConfig(Part):
     family: ClassVar[str] = "objective"
     kind: Literal["next-token"] = "next-token"
     chunk: int | None = Field(
-        default=None, gt=0, description="tokens whose logits exist at once; null: about 8 million logits"
+        default=None, gt=0, description="tokens whose logits exist at once; null: about a million logits on a CPU, 32 million on a GPU"
     )
 
     def build(self) -> NextToken:

@@ -8,14 +8,17 @@ update; the trainer applies it.
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
-from torchstone.optim.groups import split_parameters
+from torchstone.optim.groups import decay_rules, split_parameters
 from torchstone.recipe.part import Part
+
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class AdamWConfig(Part):
@@ -24,18 +27,16 @@ class AdamWConfig(Part):
     family: ClassVar[str] = "optimizer"
     kind: Literal["adamw"] = "adamw"
     learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="decay of the two moment averages")
+    betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="decay of the two moment averages")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay of matrices; vectors are not decayed")
     clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null: no clipping")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """The optimizer over the model's trainable parameters; raises ConfigError (see `split_parameters`)."""
-        parameters = dict(model.named_parameters())
-        groups = split_parameters(model)
+        groups = split_parameters(model, decay_rules(model))
+        decays = {"decay": self.weight_decay, "no_decay": 0.0}
         chosen = [
-            {"params": [parameters[name] for name in names], "weight_decay": decay}
-            for names, decay in ((groups.decay, self.weight_decay), (groups.no_decay, 0.0))
-            if names
+            {"params": parameters, "weight_decay": decays[name]} for name, parameters in groups.items() if parameters
         ]
         return torch.optim.AdamW(chosen, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)

@@ -1,48 +1,66 @@
-"""Parameter groups: which parameters are decayed, by a declared rule.
+"""Parameter groups: which parameters are decayed, by declared rules.
 
 Weight decay pulls matrices towards zero. It is not meant for gains, biases and other vectors, nor for parameters whose
-zero is not neutral; a module names those in `no_decay_parameters()`. Every trainable parameter belongs to exactly one
-group, else building the optimizer is an error.
+zero is not neutral; a module names those in `no_decay_parameters()`. Rules are predicates over a parameter's name and
+value; every trainable parameter must match exactly one, so that none is forgotten and none is updated twice.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 
 from torch import nn
 
 from torchstone.errors import ConfigError
 
-
-@dataclass(frozen=True)
-class Groups:
-    """Names of trainable parameters, in the model's order."""
-
-    decay: tuple[str, ...]
-    no_decay: tuple[str, ...]
+Rule = Callable[[str, nn.Parameter], bool]
 
 
-def exempt_names(model: nn.Module) -> set[str]:
-    """Full names of parameters that their modules exempt from decay."""
-    return {
+def decay_rules(model: nn.Module) -> dict[str, Rule]:
+    """`decay`: matrices. `no_decay`: vectors, scalars, and what modules exempt in `no_decay_parameters()`.
+
+    Raises:
+        ConfigError: a module exempts a parameter that it does not have.
+    """
+    exempt = {
         f"{prefix}.{local}" if prefix else local
         for prefix, module in model.named_modules()
         for local in getattr(module, "no_decay_parameters", tuple)()
     }
+    known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    if unknown := sorted(exempt - known):
+        raise ConfigError(
+            f"no_decay_parameters names {', '.join(unknown)}, which the model does not have; correct the module that says so."
+        )
+    shared = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in exempt}
+
+    def decays(name: str, parameter: nn.Parameter) -> bool:
+        return parameter.dim() >= 2 and id(parameter) not in shared
+
+    return {"decay": decays, "no_decay": lambda name, parameter: not decays(name, parameter)}
 
 
-def split_parameters(model: nn.Module) -> Groups:
-    """Matrices decay; vectors, scalars and exempt parameters do not.
+def split_parameters(model: nn.Module, rules: Mapping[str, Rule]) -> dict[str, list[nn.Parameter]]:
+    """The model's trainable parameters by the rule that each matches, in the model's order.
 
     Raises:
-        ConfigError: a module exempts a parameter that it does not have, or the model has nothing to train.
+        ConfigError: a parameter matches no rule or several, or the model has nothing to train.
     """
-    names = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    exempt = exempt_names(model)
-    unknown = exempt - set(names)
-    if unknown:
-        raise ConfigError(f"no_decay_parameters names parameters that do not exist: {', '.join(sorted(unknown))}.")
-    if not names:
-        raise ConfigError("the model has no trainable parameter.")
-    decay = tuple(name for name, parameter in names.items() if parameter.dim() >= 2 and name not in exempt)
-    return Groups(decay, tuple(name for name in names if name not in set(decay)))
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in rules}
+    problems = []
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matching = [group for group, rule in rules.items() if rule(name, parameter)]
+        if len(matching) == 1:
+            groups[matching[0]].append(parameter)
+        else:
+            problems.append(f"{name} (in {' and '.join(matching) or 'no group'})")
+    if problems:
+        raise ConfigError(
+            f"every parameter belongs to exactly one optimizer group, and these do not: {', '.join(problems[:5])}; "
+            f"the groups are {', '.join(rules)}: mend their rules."
+        )
+    if not any(groups.values()):
+        raise ConfigError("the model has no trainable parameter; unfreeze some, or evaluate it instead of training.")
+    return groups

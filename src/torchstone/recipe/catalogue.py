@@ -32,7 +32,8 @@ def family_named(name: str) -> str:
     found = _family_at(name.split("."))
     if found is None:
         near = get_close_matches(name.split(".")[-1], KINDS, n=1)
-        hint = f" Did you mean {near[0]}?" if near else ""
+        owners = [family for family in KINDS if name in kinds(family)]
+        hint = f" Did you mean {near[0]}?" if near else f" {name} is a kind of {owners[0]}." if owners else ""
         raise ConfigError(f"there is no family {name!r}; families are: {', '.join(KINDS)}.{hint}")
     return found
 
@@ -112,7 +113,7 @@ def render(found: Catalogue) -> str:
 def _line(name: str, setting: dict[str, Any]) -> str:
     default = "required" if "default" not in setting else f"default {_default(setting['default'])}"
     meaning = f"  {setting['meaning']}" if setting["meaning"] else ""
-    return f"    {name:<18}{setting['type']}; {default}.{meaning}"
+    return f"    {name:<20}{setting['type']}; {default}.{meaning}"
 
 
 def _default(value: Any) -> str:

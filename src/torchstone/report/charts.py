@@ -22,6 +22,8 @@ from torchstone.report.sampling import common_axes, largest_triangles, mean_and_
 
 MANY_CELLS = 24
 STEEP_POINTS = 10
+MOST_CURVES = 60
+BYTES_PER_NUMBER = 7
 AXIS_LABELS = {"tokens": "tokens", "flops": "FLOPs", "seconds": "seconds", "steps": "steps"}
 
 
@@ -108,14 +110,30 @@ def arm_colors(result: Result) -> dict[str, int]:
     return {result.baseline: 0, **{name: index + 1 for index, name in enumerate(others)}}
 
 
-def curves(result: Result, detail: Detail) -> list[Chart]:
-    """One chart per curve name: arms are lines, seeds a band. Curves of judged metrics come first."""
-    cells = [cell for cell in result.cells if cell.series]
+def estimated_bytes(result: Result, detail: Detail) -> int:
+    """About how large the curves are as JSON: each line has axes, mean, low, high and single seeds."""
+    numbers_of: dict[tuple[str, str], int] = {}
+    for cell in result.cells:
+        for name, series in cell.series.items():
+            points = min(detail.points, len(series.values))
+            shared = (len(series.axes) + 3) * points
+            before = numbers_of.get((cell.arm, name), shared)
+            numbers_of[cell.arm, name] = max(before, shared) + (points if detail.seeds else 0)
+    return BYTES_PER_NUMBER * sum(numbers_of.values())
+
+
+def curve_names(result: Result) -> list[str]:
+    """Names of all curves; those of judged metrics come first, and the first `MOST_CURVES` are drawn."""
     judged = {verdict.metric for verdict in result.verdicts}
-    names = list(dict.fromkeys(name for cell in cells for name in cell.series))
-    names.sort(key=lambda name: _metric_name(name) not in judged)
+    names = list(dict.fromkeys(name for cell in result.cells for name in cell.series))
+    return sorted(names, key=lambda name: _metric_name(name) not in judged)
+
+
+def curves(result: Result, detail: Detail) -> list[Chart]:
+    """One chart per curve name: arms are lines, seeds a band."""
+    cells = [cell for cell in result.cells if cell.series]
     charts = []
-    for name in names:
+    for name in curve_names(result)[:MOST_CURVES]:
         lines = []
         for arm, color in arm_colors(result).items():
             seeds = [cell.series[name] for cell in cells if cell.arm == arm and name in cell.series]

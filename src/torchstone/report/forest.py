@@ -64,7 +64,7 @@ def plot(verdict: Verdict, metrics: Sequence[Metric], color: int, frame: Frame |
     ]
     description = (
         f"{words.effect_sentence(verdict, metrics, scale)}; claimed {words.claimed(verdict, scale)}. "
-        f"Dots are single {verdict.unit_of_n}."
+        f"{f'Dots are single {verdict.unit_of_n}.' if verdict.pairs else ''}"
     )
     return element(
         "svg",
@@ -122,6 +122,8 @@ def _axis(frame: Frame) -> list[Markup]:
     for value in steps:
         x = frame.x(value)
         marks.append(element("line", class_="axis", x1=x, x2=x, y1=AXIS, y2=AXIS + 4))
+        if not 3 <= float(x[:-1]) <= 97:
+            continue
         label = numbers.typeset(scale.shown(value, unit=True))
         marks.append(element("text", label, x=x, y=HEIGHT - 5, text_anchor="middle"))
     return marks

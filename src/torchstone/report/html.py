@@ -44,9 +44,11 @@ def digest(text: str) -> str:
 
 def page(result: Result) -> str:
     """The whole report as HTML text of at most `MOST_BYTES` bytes."""
-    details = DETAILS if len(result.cells) <= charts.MANY_CELLS else DETAILS[2:]
+    details = [detail for detail in DETAILS[:-1] if charts.estimated_bytes(result, detail) < 1.2 * MOST_BYTES]
+    if len(result.cells) > charts.MANY_CELLS:
+        details = [detail for detail in details if not detail.seeds]
     text = ""
-    for detail in details:
+    for detail in (*details, DETAILS[-1]):
         text = _page(result, detail)
         if len(text.encode()) <= MOST_BYTES:
             break
@@ -59,7 +61,11 @@ def _page(result: Result, detail: Detail) -> str:
         ("verdicts", "Verdicts", verdicts.verdicts(result)),
         ("effects", "Effects", verdicts.effects(result)),
         ("arms", "Arms", arms.arms(result)),
-        ("curves", "Curves", chart_sections.curves(curves)),
+        (
+            "curves",
+            "Curves",
+            chart_sections.curves(curves, cut=len(charts.curve_names(result)) - charts.MOST_CURVES),
+        ),
         ("measurements", "Measurements", evidence.measurements(result)),
         ("figures", "Figures", chart_sections.figures(figures, len(curves))),
         ("tables", "Tables", evidence.study_tables(result)),
@@ -133,6 +139,6 @@ def _cleaned(data: Any) -> Any:
         return clean(data)
     if isinstance(data, dict):
         return {key: _cleaned(value) for key, value in data.items()}
-    if isinstance(data, list) and any(isinstance(value, dict | str | list) for value in data):
+    if isinstance(data, list) and data and isinstance(data[0], dict | str | list):
         return [_cleaned(value) for value in data]
     return data

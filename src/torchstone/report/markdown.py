@@ -154,7 +154,9 @@ def _study_tables(result: Result) -> list[str]:
 def _paper(result: Result) -> str:
     if not result.paper:
         return ""
-    rows = tuple((figure.setting, figure.paper, figure.ours or "–", figure.note) for figure in result.paper)
+    rows = tuple(
+        (figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper
+    )
     return _part(
         "The paper's figures beside ours", Grid(("setting", "paper", "ours", "note"), rows, (False,) * 4)
     )

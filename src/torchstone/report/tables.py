@@ -135,12 +135,14 @@ def _with_ratio(value: float | None, base: float | None, show: Callable[[float |
 
 
 def cells(result: Result) -> Grid:
-    """Every cell, failed ones among them."""
+    """Every cell, failed ones among them, in the order of arms and seeds."""
     metrics = [m for m in result.metrics if any(m.name in cell.metrics for cell in result.cells)]
     timed = any(cell.seconds is not None for cell in result.cells)
     keyed = any(cell.fingerprint for cell in result.cells)
     rows = []
-    for cell in result.cells[:MOST_ROWS]:
+    place = {arm.name: index for index, arm in enumerate(result.arms)}
+    ordered = sorted(result.cells, key=lambda cell: (place.get(cell.arm, len(place)), cell.seed))
+    for cell in ordered[:MOST_ROWS]:
         values = [numbers.number(cell.metrics.get(metric.name), 5) for metric in metrics]
         time = [numbers.seconds(cell.seconds)] if timed else []
         key = [cell.fingerprint[:12] or numbers.MISSING] if keyed else []

@@ -146,6 +146,8 @@ def summary(result: Result) -> str:
         outcome = f"The claim {state}: {only.sentence.rstrip('.')}. {effect[:1].upper()}{effect[1:]}."
     else:
         outcome = _tally(verdicts)
+    if result.scale == "smoke":
+        outcome += " This is the smoke scale, which only shows that everything runs: it is no evidence."
     broken = sum(cell.status != "done" for cell in result.cells)
     if broken:
         total = len(result.cells)

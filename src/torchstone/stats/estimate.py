@@ -27,6 +27,8 @@ from scipy.special import stdtr, stdtrit
 from torchstone.errors import StudyError
 from torchstone.stats.contrasts import finite
 
+TINY = 1e-150  # below it, squares of deviations underflow
+
 IntervalMethod = Literal["t", "percentile-t", "identical", "deterministic", "none"]
 
 
@@ -79,11 +81,13 @@ def t_estimate(
     """Mean of independent contrasts with a t interval.
 
     Args:
-        values: (n,) one contrast per seed. level: nominal coverage of the two-sided interval. margin: what
-        the p-values test against. critical: multiplier of the standard error; None takes the t quantile. A
-        sequential design gives a larger one. resolution: a range of values up to this is rounding noise,
-        treated as no spread (`Contrasts.resolution`). deterministic: the caller states that neither seed
-        nor sampling enters the numbers.
+        values: (n,) one contrast per seed.
+        level: nominal coverage of the two-sided interval.
+        margin: what the p-values test against.
+        critical: multiplier of the standard error; None takes the t quantile, a sequential design more.
+        resolution: a range of values up to this is rounding noise, treated as no spread
+            (`Contrasts.resolution`).
+        deterministic: the caller states that neither seed nor sampling enters the numbers.
 
     Raises:
         StudyError: no value, or a value that is not finite.
@@ -99,7 +103,7 @@ def t_estimate(
     if critical is not None and not np.isfinite(critical):
         note = f"the sequential design decides nothing at {n} seeds"
         return Estimate(effect, None, None, level, n, margin=margin, method="none", note=note)
-    if float(np.ptp(values_n)) <= max(resolution, 1e-12 * abs(effect)):
+    if float(np.ptp(values_n)) <= max(resolution, 1e-12 * abs(effect), TINY):
         nominal = 1 - level if critical is None else 2 * float(stdtr(n - 1, -critical))
         return identical_estimate(effect, n, level, nominal, margin)
     sd = float(values_n.std(ddof=1))

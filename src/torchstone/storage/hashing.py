@@ -1,6 +1,7 @@
 """Hashes of files and of plain data.
 
-xxh3 with 128 bits: fast (several GB/s) and far beyond chance collisions. It guards against damage, not against a forger.
+xxh3 with 128 bits: fast (several GB/s) and far beyond chance collisions. It guards against damage, not
+against a forger.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def canonical_json(value: Any) -> bytes:
     Raises:
         TypeError, ValueError: the value is no plain data, or holds a number that is not finite.
     """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return text.encode()
 
 
 def fingerprint_of(value: Any) -> str:

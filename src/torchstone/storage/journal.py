@@ -1,7 +1,9 @@
 """Append-only JSON lines: a store that a crash can only cut short, never change.
 
-Each record is one `write` to a file opened for appending, so that records of several processes do not mix. A last line
-without its newline was torn by a crash; it is reported and ignored, and the next record starts on a line of its own.
+Each record is one `write` to a file opened for appending, so that records of several processes do not mix.
+A last line without its newline was torn by a crash; it is reported and ignored, and the next record starts
+on a line of its own. Lines that are no record (binary garbage, a foreign text) are reported and ignored
+alike.
 """
 
 from __future__ import annotations
@@ -12,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from torchstone.storage.atomic import naming
 
 
 @dataclass(frozen=True)
@@ -35,42 +39,53 @@ class Journal:
         self._durable = durable
 
     def append(self, record: Mapping[str, Any]) -> None:
-        """Add one record. Raises OSError if the disk is full; earlier records are untouched."""
-        line = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode() + b"\n"
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o644)
-        try:
-            if self._torn():
-                line = b"\n" + line
-            while line:
-                line = line[os.write(descriptor, line) :]
-            if self._durable:
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        """Add one record.
 
-    def _torn(self) -> bool:
-        """True if the file ends in the middle of a line."""
-        with open(self.path, "rb") as file:
-            if file.seek(0, os.SEEK_END) == 0:
-                return False
-            file.seek(-1, os.SEEK_END)
-            return file.read(1) != b"\n"
+        Raises:
+            OSError: with the file's name, if the disk is full; earlier records are untouched.
+            TypeError, ValueError: the record is no plain data, or holds a number that is not finite.
+        """
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        line = text.encode() + b"\n"
+        with naming(self.path):
+            descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                if _torn(descriptor):
+                    line = b"\n" + line
+                while line:  # one write, unless the disk is full: then the next one says so
+                    line = line[os.write(descriptor, line) :]
+                if self._durable:
+                    os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def read(self) -> Reading:
         """All records, and warnings for what is torn or foreign. A missing file is an empty journal."""
         if not self.path.exists():
             return Reading((), ())
-        records, warnings = [], []
-        content = self.path.read_bytes()
-        for number, line in enumerate(content.split(b"\n"), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                record = None
-            if isinstance(record, dict):
+        records: list[dict[str, Any]] = []
+        warnings: list[str] = []
+        lines = self.path.read_bytes().split(b"\n")
+        for number, line in enumerate(lines, start=1):
+            record = _record(line)
+            if record is not None:
                 records.append(record)
-            else:
-                warnings.append(f"{self.path}:{number}: not a record ({len(line)} bytes), ignored")
+            elif line.strip():
+                what = "torn by a crash" if number == len(lines) else "not a record"
+                warnings.append(f"{self.path}:{number}: {what} ({len(line)} bytes), ignored")
         return Reading(tuple(records), tuple(warnings))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """The JSON object of a line, or None."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _torn(descriptor: int) -> bool:
+    """True if the file ends in the middle of a line."""
+    size = os.fstat(descriptor).st_size
+    return size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"

@@ -1,21 +1,18 @@
 """Checkpoints: a directory per step, complete or absent, with every byte accounted for.
 
     checkpoints/step-00000100/model.safetensors      one file per group of tensors
-                              optimizer.safetensors
-                              state.json             plain data: step, tokens, data cursor, seeds, environment
-                              manifest.json          sizes and hashes of all of them, written last
-    checkpoints/latest                               name of the newest, for people
+                              optimizer.safetensors manifest.json          step, tokens, seeds, environment;
+                              sizes and hashes; written last
+    checkpoints/latest                               name of the newest, with a check
 
-Protocol: everything is written into a partial folder, flushed, and renamed (`storage.atomic`); then `latest` is replaced;
-then old steps are deleted, manifest first, so that a half-deleted step is never taken for a complete one. A crash at any
-instant leaves the previous checkpoint or the new one. Loading takes the newest complete step, whatever `latest` says.
+Protocol: everything is written into a partial folder, flushed, and renamed (`storage.atomic`); then
+`latest` is replaced; then old steps are deleted, manifest first, so that a half-deleted step is never taken
+for a complete one. A crash at any instant leaves the previous checkpoint or the new one. Order is by step,
+never by a clock.
 
-Damage: sizes and hashes are checked before a tensor is handed out, and the manifest is canonical JSON with a hash of
-itself, so that one flipped byte anywhere is found. Nothing is deleted or repaired; an older step is used only if asked
-for.
-
-Safety: safetensors and JSON hold no code. Headers are bounded before they are parsed, file names in a manifest come
-from a fixed pattern, and a directory of `torch.distributed.checkpoint` (which runs code when read) is refused.
+Damage: sizes and hashes are checked before a tensor is handed out (`train.manifest`). Nothing is deleted or
+repaired. An older step is used only if asked for, and what is damaged is set aside under another name once
+the run has gone on from the older one.
 
 This module knows nothing of models or optimizers: it stores named groups of tensors and plain data.
 """
@@ -23,10 +20,10 @@ This module knows nothing of models or optimizers: it stores named groups of ten
 from __future__ import annotations
 
 import errno
-import json
-import os
 import re
+import secrets
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -35,256 +32,315 @@ from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, no_grad
+from torch import Tensor
 
-from torchstone import __version__
 from torchstone.errors import CheckpointError
-from torchstone.recipe.fingerprint import torch_version
 from torchstone.storage import atomic
-from torchstone.storage.hashing import bytes_hash, canonical_json, file_hash
+from torchstone.storage.hashing import bytes_hash
+from torchstone.train.manifest import (
+    GROUP,
+    MANIFEST,
+    check_files,
+    manifest_bytes,
+    read_manifest,
+    refuse_foreign,
+)
 
-SCHEMA = 1
-MANIFEST, STATE, LATEST = "manifest.json", "state.json", "latest"
-LARGEST_HEADER = 16 << 20
-MOST_TENSORS = 100_000
-LARGEST_JSON = 64 << 20
-_STEP = re.compile(r"step-(\d{8,})")
-_FILE = re.compile(r"[a-z][a-z0-9_]{0,40}\.(safetensors|json)")
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LATEST = "latest"
 RETRIES, RETRY_SECONDS = 2, 0.5
+_STEP = re.compile(r"step-(\d{8,18})")
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a checkpoint holds: a step, groups of named tensors, and plain JSON data."""
+    """What a checkpoint holds.
+
+    Attributes:
+        step: updates done so far.
+        tensors: groups of named tensors, one file each; a group's name is a lower-case word (`model`).
+        data: plain JSON data (counters, seeds, fingerprints, environment); it is kept in the manifest.
+    """
 
     step: int
     tensors: Mapping[str, Mapping[str, Tensor]]
     data: Mapping[str, Any]
 
 
+def say_on_stderr(text: str) -> None:
+    """The default of `say`: a line that nobody misses."""
+    print(text, file=sys.stderr, flush=True)
+
+
 class CheckpointStore:
     """The checkpoints of one run.
 
     Args:
-        directory: holds one folder per step.
-        keep: complete checkpoints to keep; older ones are deleted after a save.
+        directory: holds one folder per step; made with the first save.
+        keep: complete checkpoints to keep, at least one; older ones are deleted after a save.
+        say: receives warnings.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(
+        self, directory: str | Path, keep: int = 2, say: Callable[[str], None] = say_on_stderr
+    ) -> None:
+        assert keep >= 1, "a run without a checkpoint cannot be resumed"
         self.directory = Path(directory)
         self.keep = keep
+        self.say = say
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
         return self.directory / f"step-{step:08d}"
 
     def steps(self) -> list[int]:
-        """Steps that have a manifest, in order (complete; not yet checked for damage)."""
-        if not self.directory.is_dir():
-            return []
-        found = [(_STEP.fullmatch(item.name), item) for item in self.directory.iterdir()]
-        return sorted(int(match[1]) for match, item in found if match and (item / MANIFEST).is_file())
+        """Steps that `load` takes into account, in order; whether they are damaged is not checked here.
+
+        A folder without a manifest that is older than a complete one is the rest of a deletion and does not
+        count; a newer one is damaged and does, and so does a step that `latest` names and that is not
+        there.
+
+        Raises:
+            CheckpointError: there is no folder of a step, but a damaged `latest`.
+        """
+        folders = self._folders()
+        newest_complete = max((step for step, path in folders.items() if _complete(path)), default=-1)
+        found = {step for step, path in folders.items() if _complete(path) or step > newest_complete}
+        try:
+            named = self._named()
+        except CheckpointError:
+            if not found:
+                raise
+            named = None
+        if named is not None and named > max(found, default=-1):
+            found.add(named)
+        return sorted(found)
 
     def latest(self) -> int | None:
-        """The newest complete step, or None."""
+        """The newest step that `load` would take, or None if nothing was ever saved."""
         return max(self.steps(), default=None)
 
     def check_space(self, bytes_per_checkpoint: int) -> None:
-        """Raise CheckpointError unless the disk has room for one checkpoint more than are kept."""
+        """Raise CheckpointError unless the disk has room for `keep` checkpoints and one being saved."""
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
-        needed = bytes_per_checkpoint * (self.keep + 1)
+        there = min(sum(map(_complete, self._folders().values())), self.keep)
+        needed = bytes_per_checkpoint * (self.keep + 1 - there)
         if free < needed:
             raise CheckpointError(
-                f"{self.directory} has {free / 1e9:.2f} GB free; keeping {self.keep} checkpoints of "
-                f"{bytes_per_checkpoint / 1e9:.2f} GB needs {needed / 1e9:.2f} GB. Free space, choose another directory, or lower "
-                "checkpoint.keep."
+                f"{self.directory} has {free / 1e9:.3g} GB free; keeping {self.keep} checkpoints of "
+                f"{bytes_per_checkpoint / 1e9:.3g} GB, and one more while saving, needs {needed / 1e9:.3g} "
+                "GB. Free space, choose another directory, or lower checkpoint.keep."
             )
 
     def save(self, snapshot: Snapshot) -> Path:
-        """Write a checkpoint; returns its folder. A step that is there already is left as it is.
+        """Write a checkpoint; returns its folder.
+
+        A step that is there already and intact is left as it is. Steps beyond this one, left by a run that
+        went on from an older checkpoint, are set aside under another name.
 
         Raises:
-            CheckpointError: the disk is full (after retries) or cannot be written; earlier checkpoints are intact.
+            CheckpointError: the disk is full (after retries) or cannot be written; earlier checkpoints are
+            intact.
         """
-        target = self.path(snapshot.step)
-        if (target / MANIFEST).is_file():
-            return target
+        for group in snapshot.tensors:
+            assert GROUP.fullmatch(group), f"{group!r} cannot name a group of tensors"
         for attempt in range(RETRIES + 1):
             try:
-                self._write(target, snapshot)
-                break
+                return self._save(snapshot)
             except (OSError, SafetensorError) as error:
-                full = getattr(error, "errno", None) in _FULL or "os error 28" in str(error).lower()
-                if full and attempt < RETRIES:
+                if attempt < RETRIES and _disk_full(error):
                     time.sleep(RETRY_SECONDS)
                     continue
-                raise CheckpointError(
-                    f"cannot save {target}: {error}. Earlier checkpoints are intact"
-                    f"{f' (newest: step {self.latest()})' if self.steps() else ''}; free space and run the same command again."
-                ) from error
+                raise CheckpointError(self._failure(snapshot.step, error)) from error
+        raise AssertionError("unreachable")
+
+    def _save(self, snapshot: Snapshot) -> Path:
+        target = self.path(snapshot.step)
+        if not self._is_intact(snapshot.step):
+            self._set_aside(target)
+            self._write(target, snapshot)
+        atomic.atomic_write(self.directory / LATEST, _pointer(target.name))
+        atomic.stage_hook("latest moved")
+        for step, path in self._folders().items():
+            if step > snapshot.step:
+                self._set_aside(path)
         self._prune()
         return target
 
     def _write(self, target: Path, snapshot: Snapshot) -> None:
-        if target.exists():  # left over from a deletion that was cut short
-            shutil.rmtree(target)
         with atomic.atomic_directory(target) as folder:
             for group, tensors in snapshot.tensors.items():
-                with no_grad():
-                    save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, folder / f"{group}.safetensors")
+                save_file(_storable(tensors), folder / f"{group}.safetensors")
                 atomic.stage_hook(f"{group} written")
-            (folder / STATE).write_bytes(canonical_json({"step": snapshot.step, "data": dict(snapshot.data)}))
-            atomic.stage_hook("state written")
-            (folder / MANIFEST).write_bytes(_manifest(folder, snapshot.step))
+            (folder / MANIFEST).write_bytes(manifest_bytes(folder, snapshot.step, snapshot.data))
             atomic.stage_hook("manifest written")
-        atomic.atomic_write(self.directory / LATEST, target.name + "\n")
-        atomic.stage_hook("latest moved")
+
+    def _failure(self, step: int, error: Exception) -> str:
+        complete = [step for step, path in self._folders().items() if _complete(path)]
+        left = (
+            f"Earlier checkpoints are intact (newest: step {max(complete)})"
+            if complete
+            else "There is none yet"
+        )
+        what = "free space" if _disk_full(error) else "mend this"
+        return (
+            f"cannot save step {step} in {self.directory}: {error}. {left}; {what} and run the same command "
+            "again."
+        )
+
+    def _is_intact(self, step: int) -> bool:
+        """True if the step is there and passes every check."""
+        try:
+            read_checkpoint(self.path(step))
+        except CheckpointError:
+            return False
+        return True
+
+    def _set_aside(self, path: Path) -> None:
+        """Give a folder that is in the way another name; nothing is deleted."""
+        if path.exists():
+            aside = path.with_name(f"{path.name}.set-aside-{secrets.token_hex(4)}")
+            path.rename(aside)
+            self.say(f"WARNING: {path} is damaged or belongs to a run that was left; it is now {aside.name}.")
 
     def _prune(self) -> None:
-        """Delete steps beyond `keep`, and folders that crashes left behind."""
-        complete = self.steps()
+        """Delete steps beyond `keep`, and what crashes left behind."""
+        folders = self._folders()
+        complete = sorted(step for step, path in folders.items() if _complete(path))
         for step in complete[: -self.keep]:
-            (self.path(step) / MANIFEST).unlink()
+            (folders[step] / MANIFEST).unlink()
             atomic.stage_hook("old manifest deleted")
-            shutil.rmtree(self.path(step))
+            shutil.rmtree(folders[step], ignore_errors=True)
+            atomic.stage_hook("old step deleted")
+        for step, path in folders.items():
+            if step < complete[-1] and not _complete(path):
+                shutil.rmtree(path, ignore_errors=True)
         for item in self.directory.iterdir():
-            unfinished = _STEP.fullmatch(item.name) and not (item / MANIFEST).exists()
-            if unfinished or (atomic.PARTIAL in item.name and not _alive(item.name)):
+            if atomic.PARTIAL in item.name and not atomic.partial_owner_lives(item.name):
                 shutil.rmtree(item, ignore_errors=True) if item.is_dir() else item.unlink(missing_ok=True)
 
     def load(
-        self, step: int | None = None, *, fallback: bool = False, say: Callable[[str], None] = lambda text: None
+        self, step: int | None = None, *, fallback: bool = False, say: Callable[[str], None] | None = None
     ) -> Snapshot:
         """Read and verify a checkpoint.
 
         Args:
             step: which; None takes the newest.
-            fallback: if the newest is damaged, use the newest that is not; `say` is told of each that was passed over.
-            say: receives warnings.
+            fallback: if the newest is damaged, use the newest that is not; each that is passed over is told
+                to `say`.
+            say: receives warnings; None takes the store's.
+
+        Returns:
+            the snapshot, its tensors on the CPU.
 
         Raises:
-            CheckpointError: there is none, it is damaged, hostile, or written by a newer version.
+            CheckpointError: there is none, it is damaged, hostile, or written by another schema. Nothing is
+            changed.
         """
+        say = say or self.say
         steps = self.steps()
         if step is not None and step not in steps:
-            raise CheckpointError(f"{self.directory} has no complete checkpoint of step {step}; complete: {steps or 'none'}.")
+            listed = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.directory} has no checkpoint of step {step}; there: {listed}.")
         if not steps:
-            raise CheckpointError(f"{self.directory} has no complete checkpoint.")
-        candidates = [step] if step is not None else steps[::-1]
-        for number, candidate in enumerate(candidates):
+            raise CheckpointError(f"{self.directory} has no checkpoint.")
+        if step is not None:
+            return read_checkpoint(self.path(step))
+        try:
+            self._named()
+        except CheckpointError as error:
+            if not fallback:
+                raise CheckpointError(
+                    f"{error} Delete it, or use --fallback, to take step {steps[-1]}."
+                ) from error
+            say(f"WARNING: {error} Taking the newest step instead.")
+        return self._newest_intact(steps[::-1], fallback, say)
+
+    def _newest_intact(self, candidates: list[int], fallback: bool, say: Callable[[str], None]) -> Snapshot:
+        for number, candidate in enumerate(candidates, start=1):
+            older = ", ".join(map(str, candidates[number:]))
             try:
                 return read_checkpoint(self.path(candidate))
             except CheckpointError as error:
-                if not fallback or number + 1 == len(candidates):
-                    older = f" Older checkpoints: {', '.join(map(str, candidates[number + 1 :]))}; --fallback uses the newest intact one." if candidates[number + 1 :] else ""
-                    raise CheckpointError(f"{error}{older}") from error
-                say(f"WARNING: {error} Falling back to step {candidates[number + 1]}.")
+                if not older:
+                    raise
+                if not fallback:
+                    raise CheckpointError(
+                        f"{error} Older checkpoints: {older}; --fallback uses the newest intact one."
+                    ) from error
+                say(
+                    f"WARNING: {error} Falling back to step {candidates[number]}; later steps are done again."
+                )
         raise AssertionError("unreachable")
+
+    def _folders(self) -> dict[int, Path]:
+        """Folders of steps, complete or not, in order."""
+        if not self.directory.is_dir():
+            return {}
+        found = ((_STEP.fullmatch(item.name), item) for item in self.directory.iterdir())
+        return dict(sorted((int(match[1]), item) for match, item in found if match))
+
+    def _named(self) -> int | None:
+        """The step that `latest` names, or None without that file; CheckpointError if it is damaged."""
+        path = self.directory / LATEST
+        try:
+            with open(path, "rb") as file:
+                content = file.read(200)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        name = content.split(b" ")[0].decode(errors="replace")
+        match = _STEP.fullmatch(name)
+        if match is None or content != _pointer(name):
+            raise CheckpointError(f"{path} is damaged: it does not name a step as torchstone writes it.")
+        return int(match[1])
 
 
 def read_checkpoint(folder: Path) -> Snapshot:
     """Verify one checkpoint folder and read it; raises CheckpointError naming the file that is wrong."""
-    manifest = _read_manifest(folder)
-    _check_files(folder, manifest["files"])
+    refuse_foreign(folder)
+    manifest = read_manifest(folder)
+    if folder.name != f"step-{manifest['step']:08d}":
+        raise CheckpointError(
+            f"{folder / MANIFEST} is of step {manifest['step']}, its folder of another; refused."
+        )
     tensors = {}
-    for name in manifest["files"]:
-        if name.endswith(".safetensors"):
-            _check_header(folder / name)
-            try:
-                tensors[name.removesuffix(".safetensors")] = load_file(folder / name)
-            except (SafetensorError, OSError, ValueError, TypeError) as error:
-                raise CheckpointError(f"{folder / name} is no valid safetensors file: {error}.") from error
-    state = _read_json(folder / STATE)
-    return Snapshot(int(state["step"]), tensors, state["data"])
-
-
-def _manifest(folder: Path, step: int) -> bytes:
-    files = {path.name: {"bytes": path.stat().st_size, "xxh3": file_hash(path)} for path in sorted(folder.iterdir())}
-    body = {"schema": SCHEMA, "torchstone": __version__, "torch": torch_version(), "step": step, "files": files}
-    return canonical_json({**body, "self": bytes_hash(canonical_json(body))}) + b"\n"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_JSON:
-            raise CheckpointError(f"{path} has {path.stat().st_size} bytes, more than any checkpoint of torchstone; refused.")
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}.") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no mapping.")
-    return data
-
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest, after checking that it is byte for byte what torchstone wrote."""
-    path = folder / MANIFEST
-    manifest = _read_json(path)
-    schema = manifest.get("schema")
-    body = {key: value for key, value in manifest.items() if key != "self"}
-    intact = path.read_bytes() == canonical_json(manifest) + b"\n" and manifest.get("self") == bytes_hash(canonical_json(body))
-    if not intact:
-        raise CheckpointError(f"{path} is damaged: its content does not match its own hash.")
-    if schema != SCHEMA:
+        check_files(folder, manifest["files"])
+        for name in manifest["files"]:
+            tensors[name.removesuffix(".safetensors")] = load_file(folder / name)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder / name} is no valid safetensors file: {error}; refused.") from error
+    except OSError as error:
         raise CheckpointError(
-            f"{path} has schema {schema!r}, written by torchstone {manifest.get('torchstone')!r}; this version ({__version__}) reads "
-            f"schema {SCHEMA}. Load it with that version and export it."
-        )
-    files = manifest.get("files")
-    fits = isinstance(files, dict) and STATE in files and all(
-        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str) for entry in files.values()
-    )
-    bad = [name for name in files if not _FILE.fullmatch(name)] if fits else []
-    if not fits or bad:
-        raise CheckpointError(f"{path} lists {bad[:3] if bad else 'no valid files'}: not a checkpoint that torchstone wrote; refused.")
-    return manifest
+            f"{error.filename or folder} cannot be read: {error.strerror or error}."
+        ) from error
+    return Snapshot(manifest["step"], tensors, manifest["data"])
 
 
-def _check_files(folder: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
-    present = {item.name for item in folder.iterdir()} - {MANIFEST}
-    if any(name == ".metadata" or name.endswith(".distcp") for name in present):
-        raise CheckpointError(
-            f"{folder} holds files of torch.distributed.checkpoint, whose metadata can run code when it is read; refused."
-        )
-    if missing := sorted(set(files) - present):
-        raise CheckpointError(f"{folder / missing[0]} is missing.")
-    if extra := sorted(present - set(files)):
-        raise CheckpointError(f"{folder / extra[0]} does not belong to the checkpoint (its manifest does not list it); remove it.")
-    for name, entry in files.items():
-        path = folder / name
-        if path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{path} is not a regular file; refused.")
-        if path.stat().st_size != entry["bytes"]:
-            raise CheckpointError(f"{path} is damaged: {path.stat().st_size} bytes, the manifest says {entry['bytes']}.")
-        if file_hash(path) != entry["xxh3"]:
-            raise CheckpointError(f"{path} is damaged: its content does not match its hash.")
+def _complete(folder: Path) -> bool:
+    return (folder / MANIFEST).is_file()
 
 
-def _check_header(path: Path) -> None:
-    """Bound the header of a safetensors file before any library parses it."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(LARGEST_HEADER, size - 8):
-            raise CheckpointError(f"{path} is no valid safetensors file: a header of {length} bytes in a file of {size}.")
-        header = file.read(length)
-    try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is no valid safetensors file: its header is no JSON ({error}).") from error
-    if not isinstance(entries, dict) or len(entries) > MOST_TENSORS:
-        raise CheckpointError(f"{path} is no valid safetensors file: its header lists no tensors, or more than {MOST_TENSORS}.")
+def _pointer(name: str) -> bytes:
+    return f"{name} {bytes_hash(name.encode())}\n".encode()
 
 
-def _alive(name: str) -> bool:
-    """True if the process that owns a partial folder still runs on this machine."""
-    pid = name.rpartition(atomic.PARTIAL)[2].partition("-")[0]
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True
+def _disk_full(error: Exception) -> bool:
+    """True if the disk, a quota or a file-size limit is exhausted (safetensors says so in its text)."""
+    codes = (f"os error {code})" for code in _FULL)
+    return getattr(error, "errno", None) in _FULL or any(code in str(error) for code in codes)
+
+
+def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share memory (tied weights are stored twice)."""
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in seen else tensor
+        seen.add(storage)
+    return found

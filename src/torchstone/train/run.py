@@ -149,11 +149,13 @@ class _Run:
         return self._summarise(trainer)
 
     def _build_data(self) -> Any:
-        """The data source; the leading rank builds shards first."""
+        """The data source; the leading rank builds shards, the others open them."""
+        if not self.world.leads:
+            self.world.barrier()
+        source = self.recipe.data.build(None)  # type: ignore[attr-defined]
         if self.world.leads:
-            self.recipe.data.build(None)  # type: ignore[attr-defined]
-        self.world.barrier()
-        return self.recipe.data.build(None)  # type: ignore[attr-defined]
+            self.world.barrier()
+        return source
 
     def _open(self, data: str, resume: bool, allow: Sequence[str], compute: Compute | None) -> Changes:
         """Start the run's record, or check that this call may continue it."""

@@ -1,10 +1,10 @@
 """In-context recall: say again the value that a key had earlier in the same sequence.
 
-A sequence is a row of cells of two tokens. A cell is a key with its value, or (with `filler_probability`) two filler
-tokens. Each sequence has its own random map from keys to values, so nothing can be learnt by heart: at every
-repeated key the value must be looked up in the context. Those positions, and no others, are scored; the first
-time that a key occurs its value is not to be known. The task is the toy of the differential transformer's
-study (arXiv:2410.05258) and of work on induction heads.
+A sequence is a row of cells of two tokens. A cell is a key with its value, or (with `filler_probability`) two
+filler tokens. Each sequence has its own random map from keys to values, so nothing can be learnt by heart: at
+every repeated key the value must be looked up in the context. Those positions, and no others, are scored; the
+first time that a key occurs its value is not to be known. The task is the toy of the differential
+transformer's study (arXiv:2410.05258) and of work on induction heads.
 
     token     k3  v7  f1  f0  k5  v2  k3  v7
     target                             v7
@@ -30,8 +30,8 @@ from pydantic import Field
 from torch import Tensor
 
 from torchstone.data.batch import IGNORE, Batch
-from torchstone.data.keyed import Keys, integers, key, mix, uniform
-from torchstone.data.synthetic.task import Rows, Task, as_batch, score
+from torchstone.data.keyed import Keys, integers, mix, uniform
+from torchstone.data.synthetic.task import Rows, Task, score
 from torchstone.errors import DataError
 from torchstone.recipe.part import Part
 
@@ -47,7 +47,7 @@ class RecallConfig(Part):
     filler_probability: float = Field(default=0.25, ge=0, lt=1, description="chance that a cell is filler")
     fillers: int = Field(default=8, gt=0, description="different filler tokens")
     stress: float = Field(
-        default=1.0, ge=1, description="filler per pair in held-out sequences, as a multiple of that in training"
+        default=1.0, ge=1, description="filler per pair in held-out sequences, as a multiple of training's"
     )
 
     def vocabulary(self) -> int:
@@ -94,12 +94,12 @@ class Recall(Task):
         Args:
             filler_factor: filler per pair as a multiple of training's; None: the `stress` of the settings.
         """
-        factor = self.settings.stress if filler_factor is None else filler_factor
-        if factor <= 0:
-            raise DataError(f"filler_factor is {factor}; give a number above 0 (1 is as in training).")
-        for start in range(0, sequences, size):
-            numbers = range(start, min(start + size, sequences))
-            yield as_batch(self._rows(key("evaluation", np.asarray(numbers)), factor), tuple(numbers))
+        if filler_factor is None:
+            return super().evaluation(size, sequences)
+        if filler_factor <= 0:
+            raise DataError(f"filler_factor is {filler_factor}; give a number above 0 (1 is as in training).")
+        stressed = Recall(self.settings.model_copy(update={"stress": filler_factor}))
+        return stressed.evaluation(size, sequences)
 
     def _rows(self, keys_b: Keys, filler_factor: float) -> Rows:
         task, b = self.settings, len(keys_b)
@@ -135,7 +135,7 @@ def _repeated(keys_bc: NDArray[np.int64], keys: int) -> NDArray[np.bool_]:
 
 
 def answer_positions(tokens_bt: Tensor, keys: int) -> Tensor:
-    """Where the answers are: bool [b, t, s], True if query t is a key and s holds its value from an earlier cell.
+    """bool [b, t, s]: True if query t is a key and s holds its value in an earlier cell.
 
     Args:
         tokens_bt: recall sequences.

@@ -1,4 +1,4 @@
-"""What all synthetic tasks share: rows from keys, so that any row of any step is made alone and always the same.
+"""What all synthetic tasks share: rows from keys, so that any row can be made alone and is always the same.
 
 A task says how tokens and targets come from one key per row. Training rows are keyed by (seed, step, row);
 held-out rows by their number alone, in a stream of its own that no training seed reaches.

@@ -76,8 +76,9 @@ class CrossValidation:
     """Held-out evaluations of all problems, each by an allocation that was fitted without it.
 
     Attributes:
-        allocations: one per fold. folds: (P,) fold in which each problem was held out. mixed, pure:
-        evaluations of the allocation and of train-selected pure, (P,) in the order of the problems.
+        allocations: one per fold.
+        folds: (P,) fold in which each problem was held out.
+        mixed, pure: evaluations of the allocation and of train-selected pure, (P,) in the problems' order.
     """
 
     allocations: tuple[Allocation, ...]

@@ -57,9 +57,9 @@ class Evaluation:
     """Unbiased estimate of what an allocation solves.
 
     Attributes:
-        per_problem: (P,) estimated probability that the problem is solved. expected_samples: mean number of
-        samples drawn per problem when a verifier stops at the first success; None
-            where the samples have no fixed order.
+        per_problem: (P,) estimated probability that the problem is solved.
+        expected_samples: mean number of samples drawn per problem when a verifier stops at the first success;
+            None where the samples have no fixed order.
     """
 
     per_problem: Floats
@@ -176,11 +176,12 @@ def allocate(
     """Split a budget of samples over configurations so that most training problems are solved.
 
     Args:
-        counts: (P, S) successes of configuration s on problem p. runs: trials: one number, (S,) or (P, S).
-        budget: samples per problem; in units of `cost` where that is given. cost: (S,) cost of one sample;
-        None: 1 each. method: `auto` enumerates where that is cheap, else takes `greedy+swap`; `greedy`,
-        `greedy+swap`, `exact`;
-            `hill_climb` is the authors' procedure (unit costs only).
+        counts: (P, S) successes of configuration s on problem p.
+        runs: trials: one number, (S,) or (P, S).
+        budget: samples per problem; in units of `cost` where that is given.
+        cost: (S,) cost of one sample; None: 1 each.
+        method: `auto` enumerates where that is cheap, else takes `greedy+swap`; `greedy`, `greedy+swap`,
+            `exact`; `hill_climb` is the authors' procedure (unit costs only).
         configurations: names; numbered if None.
         generator: random start of `hill_climb`; only for that method.
 

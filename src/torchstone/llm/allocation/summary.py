@@ -67,9 +67,11 @@ class Summary:
     """The answer: the allocation to use, its held-out worth per budget, and what each configuration adds.
 
     Attributes:
-        allocation: for the asked budget. rows: budgets 1, 2, 4, … and the asked one. adds: (S, S) problems
-        that column j solved at least once and row i never; the diagonal: solved by i at all. tested: how
-        the held-out values were made. warnings: sentences that belong beside every number.
+        allocation: for the asked budget.
+        rows: budgets 1, 2, 4, … and the asked one.
+        adds: (S, S) problems that column j solved at least once, row i never; diagonal: solved by i at all.
+        tested: how the held-out values were made.
+        warnings: sentences that belong beside every number.
     """
 
     allocation: Allocation

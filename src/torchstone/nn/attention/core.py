@@ -59,7 +59,8 @@ def eager_attention(
     repeat = q_bhtd.shape[1] // k_bgsd.shape[1]
     k_bhsd = k_bgsd.repeat_interleave(repeat, dim=1)
     v_bhse = v_bgse.repeat_interleave(repeat, dim=1)
-    scores_bhts = (q_bhtd @ k_bhsd.transpose(-2, -1)).float() * scale
+    fine = torch.promote_types(q_bhtd.dtype, torch.float32)
+    scores_bhts = (q_bhtd @ k_bhsd.transpose(-2, -1)).to(fine) * scale
     maps_bhts = masked_softmax(scores_bhts, mask)
     observation.q, observation.k, observation.v = q_bhtd, k_bhsd, v_bhse
     observation.scores, observation.maps, observation.weights = scores_bhts, maps_bhts, maps_bhts

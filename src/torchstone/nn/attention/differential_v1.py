@@ -93,7 +93,9 @@ class DifferentialV1(AttentionMixer):
         if self.kv_pairing == "flash":
             q_btud, k_btud = _first_maps_first(q_btud), _first_maps_first(k_btud)
         outputs_bute = self._attend(q_btud, k_btud, v_btge, span, state)
-        heads_bthe = self._normalise(self._subtract(outputs_bute.float())).transpose(1, 2).to(outputs_bute.dtype)
+        fine = torch.promote_types(outputs_bute.dtype, torch.float32)
+        heads_bhte = self._normalise(self._subtract(outputs_bute.to(fine)))
+        heads_bthe = heads_bhte.transpose(1, 2).to(outputs_bute.dtype)
         if self.observation is not None:
             assert self.observation.maps is not None
             self.observation.weights = self._subtract(self.observation.maps)
@@ -102,7 +104,7 @@ class DifferentialV1(AttentionMixer):
 
     def lambda_value(self) -> Tensor:
         """λ, a scalar in fp32."""
-        q1, k1, q2, k2 = (getattr(self, name).float() for name in LAMBDA_VECTORS)
+        q1, k1, q2, k2 = (getattr(self, name) for name in LAMBDA_VECTORS)
         return (q1 * k1).sum().exp() - (q2 * k2).sum().exp() + self.lambda_init
 
     def diagnostics(self) -> dict[str, float]:
@@ -146,8 +148,8 @@ class DifferentialV1(AttentionMixer):
         super()._apply(fn, recurse)
         for name, old in before.items():
             new = getattr(self, name)
-            if new.dtype != torch.float32:
-                new.data = old.to(new.device, torch.float32)
+            if new.dtype.itemsize < 4:
+                new.data = old.to(new.device)
         return self
 
 

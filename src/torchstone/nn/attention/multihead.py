@@ -38,6 +38,7 @@ class MultiHeadAttention(AttentionMixer):
         window: int | None = None,
         qk_norm: bool = False,
         dropout: float = 0.0,
+        output_norm: bool = False,
     ) -> None:
         check_groups("attention", heads)
         kv_shape = (heads.kv, heads.dim)
@@ -48,6 +49,7 @@ class MultiHeadAttention(AttentionMixer):
         self.w_o = nn.Linear(heads.query * heads.dim, width, bias=False)
         self.q_norm = RMSNorm(heads.dim) if qk_norm else None
         self.k_norm = RMSNorm(heads.dim) if qk_norm else None
+        self.output_norm = RMSNorm(heads.dim, eps=1e-5) if output_norm else None
         self.position = position
         self.head_dim = heads.dim
 
@@ -61,6 +63,8 @@ class MultiHeadAttention(AttentionMixer):
         offset = 0 if state is None else state.length
         q_bthd, k_btgd = self.position.rotate(q_bthd, k_btgd, span, offset)
         heads_bthd = self._attend(q_bthd, k_btgd, v_btgd, span, state).transpose(1, 2)
+        if self.output_norm is not None:
+            heads_bthd = self.output_norm(heads_bthd)
         if self.observation is not None:
             self.observation.heads = heads_bthd
         return self.w_o(heads_bthd.flatten(2)), state
@@ -83,10 +87,13 @@ class AttentionConfig(Part):
     window: int | None = Field(default=None, gt=0, description="sliding window in tokens; null: the whole past")
     qk_norm: bool = Field(default=False, description="RMSNorm over the channels of each query and key head")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the attention maps, in training")
+    output_norm: bool = Field(
+        default=False, description="RMSNorm over the channels of each head's output (a control for differential attention)"
+    )
     position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
 
     def build(self, context: BuildContext) -> MultiHeadAttention:
         """The module; raises ConfigError where head counts and width do not fit."""
         heads = resolve_heads("attention", context, self.heads, self.kv_heads, self.head_dim)
         position = self.position.build(heads.dim)
-        return MultiHeadAttention(context.width, heads, position, self.window, self.qk_norm, self.dropout)
+        return MultiHeadAttention(context.width, heads, position, self.window, self.qk_norm, self.dropout, self.output_norm)

@@ -2,7 +2,7 @@
 
     y = g · x / √(mean(x²) + ε)
 
-Pitfall: the statistics are computed in fp32 whatever the input, because the sum of squares loses half its digits in
+Pitfall: the statistics are computed in fp32 (fp64 for fp64 input), because the sum of squares loses half its digits in
 bf16; the result has the input's type.
 """
 
@@ -30,7 +30,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x with unit root mean square over its last dimension, times the gain."""
-        return F.rms_norm(x.float(), self.gain.shape, self.gain.float(), self.eps).to(x.dtype)
+        fine = torch.promote_types(x.dtype, torch.float32)
+        return F.rms_norm(x.to(fine), self.gain.shape, self.gain.to(fine), self.eps).to(x.dtype)
 
     def own_initialisation(self) -> dict[str, Callable[[Tensor, torch.Generator], object]]:
         """The gain starts at one."""

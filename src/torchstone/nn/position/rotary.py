@@ -70,11 +70,11 @@ class Rotary(Position):
 
 
 def turn(x_bthd: Tensor, cos_t1c: Tensor, sin_t1c: Tensor, layout: Layout) -> Tensor:
-    """x with every pair of channels turned, in fp32, returned in the type of x."""
+    """x with every pair of channels turned, in fp32 or finer as the tables are, returned in the type of x."""
     if layout == "half":
-        first, second = x_bthd.float().chunk(2, dim=-1)
+        first, second = x_bthd.chunk(2, dim=-1)
     else:
-        first, second = x_bthd.float().unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = x_bthd.unflatten(-1, (-1, 2)).unbind(-1)
     turned_first = first * cos_t1c - second * sin_t1c
     turned_second = second * cos_t1c + first * sin_t1c
     if layout == "half":

@@ -129,6 +129,7 @@
       const label = this.spec.axes.find((axis) => axis.key === this.axis).label;
       const line = { stroke: () => variable("--muted"), font: "12px " + variable("--sans"), labelFont: "12px " + variable("--sans"), labelSize: 22 };
       const lines = { grid: { stroke: () => variable("--rule"), width: 1 }, ticks: { stroke: () => variable("--rule"), width: 1, size: 5 } };
+      const labelled = (plot, splits) => this.labelled(plot, splits);
       const text = (plot, values) => values.map((value) => (value === null ? null : format(value, 3)));
       return {
         ...this.size(),
@@ -142,11 +143,18 @@
           y: { distr: this.on.log ? 3 : 1, range: (plot, low, high) => this.height(plot, low, high) },
         },
         axes: [
-          { ...line, ...lines, label, values: text, space: 70, size: 30 },
-          { ...line, ...lines, label: this.spec.y, values: text, size: (plot, values) => 18 + 7 * Math.max(2, ...(values || []).map((value) => (value || "").length)) },
+          { ...line, ...lines, label, values: text, space: 70, size: 30, ...(this.spec.logX && { filter: labelled }) },
+          { ...line, ...lines, label: this.spec.y, values: text, ...(this.on.log && { filter: labelled }), size: (plot, values) => 18 + 7 * Math.max(2, ...(values || []).map((value) => (value || "").length)) },
         ],
         hooks: { setCursor: [(plot) => this.readings(plot)] },
       };
+    }
+
+    // Which grid lines of a logarithmic axis get a label: powers of ten, and 2 and 5 times those where there is room.
+    labelled(plot, splits) {
+      const decades = Math.log10(splits[splits.length - 1] / splits[0]);
+      const digits = decades < 3 && plot.width > 480 ? [1, 2, 5] : [1];
+      return splits.map((value) => (digits.includes(Number(value.toExponential(6)[0])) && Number(value.toExponential(6).slice(2, 8)) === 0 ? value : null));
     }
 
     // The vertical range: what is in sight, or, for a whole run, all but its steep start.

@@ -15,15 +15,16 @@ MOST_POINTS_IN_TABLE = 40
 MANY_POINTS = 12
 
 
-def curves(charts: Sequence[Chart]) -> Markup | None:
-    """Curves of the cells: one chart per recorded quantity."""
+def curves(charts: Sequence[Chart], cut: int) -> Markup | None:
+    """Curves of the cells: one chart per recorded quantity; `cut` counts those that are not drawn."""
     if not charts:
         return None
     seeds = max(line.seeds for chart in charts for line in chart.lines)
     band = " The band reaches from the smallest to the largest seed." if seeds > 1 else ""
     note = f"Lines are means over the seeds of an arm.{band} "
     parts = [_chart(chart, index, f"curve-{index}") for index, chart in enumerate(charts)]
-    return section("curves", "Curves", element("p", note, _hint(), class_="note"), parts)
+    rest = element("p", f"{cut:,} more curves are in result.json.", class_="note") if cut > 0 else None
+    return section("curves", "Curves", element("p", note, _hint(), class_="note"), parts, rest)
 
 
 def figures(charts: Sequence[Chart], first: int) -> Markup | None:

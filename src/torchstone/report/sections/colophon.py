@@ -11,6 +11,8 @@ from torchstone.report.markup import Markup, element
 from torchstone.report.sections.pieces import badge, details, facts, grid, section
 from torchstone.report.tables import Grid
 
+MOST_OUTCOMES = 12
+
 
 def masthead(result: Result) -> Markup:
     """Title, question, the outcome in a line, and the size of the experiment."""
@@ -22,25 +24,27 @@ def masthead(result: Result) -> Markup:
         element("h1", result.title),
         element("p", result.question, class_="question") if result.question else None,
         element(
-            "div", _tally(result), element("p", numbers.typeset(words.summary(result))), class_="summary"
+            "div", element("p", numbers.typeset(words.summary(result))), _outcomes(result), class_="summary"
         ),
         _size(result),
         class_="masthead",
     )
 
 
-def _tally(result: Result) -> Markup | None:
+def _outcomes(result: Result) -> Markup | None:
+    """One line per claim, or only counts where there are many."""
     states = [verdict.status for verdict in result.verdicts]
-    badges = []
-    for status in ("holds", "fails", "inconclusive"):
-        count = states.count(status)
-        if count:
-            label = [
-                badge(status),
-                element("span", f"× {count}", class_="times") if len(states) > 1 else None,
-            ]
-            badges.append(element("span", label))
-    return element("div", badges, class_="tally") if badges else None
+    if not 1 < len(states) <= MOST_OUTCOMES:
+        counts = [(status, states.count(status)) for status in ("holds", "fails", "inconclusive")]
+        badges = [[badge(status), f" × {count}" if count > 1 else None] for status, count in counts if count]
+        return element("div", [element("span", one) for one in badges], class_="tally") if badges else None
+    lines = []
+    for index, verdict in enumerate(result.verdicts):
+        effect = words.scale_for([verdict], result.metrics).text(verdict.effect)
+        sentence = element("a", verdict.sentence, href=f"#claim-{index}")
+        shown = element("span", numbers.typeset(effect), class_="effect-of")
+        lines.append(element("li", element("span", badge(verdict.status)), sentence, shown))
+    return element("ul", lines, class_="outcomes")
 
 
 def _size(result: Result) -> Markup | None:

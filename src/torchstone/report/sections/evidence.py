@@ -53,7 +53,9 @@ def paper(result: Result) -> Markup | None:
     """The paper's numbers beside ours."""
     if not result.paper:
         return None
-    rows = tuple((figure.setting, figure.paper, figure.ours or "–", figure.note) for figure in result.paper)
+    rows = tuple(
+        (figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper
+    )
     table = Grid(("setting", "paper", "ours", "note"), rows, (False,) * 4)
     note = element("p", "The paper's scale differs from ours unless a row says otherwise.", class_="note")
     return section("paper", "The paper’s figures beside ours", grid(table, "The paper's figures"), note)

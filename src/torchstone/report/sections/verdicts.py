@@ -15,7 +15,7 @@ def verdicts(result: Result) -> Markup | None:
     """One card per claim."""
     if not result.verdicts:
         return None
-    cards = [_card(verdict, result) for verdict in result.verdicts]
+    cards = [_card(verdict, index, result) for index, verdict in enumerate(result.verdicts)]
     return section(
         "verdicts",
         "Verdicts" if len(cards) > 1 else "Verdict",
@@ -52,7 +52,7 @@ def _key() -> Markup:
     )
 
 
-def _card(verdict: Verdict, result: Result) -> Markup:
+def _card(verdict: Verdict, index: int, result: Result) -> Markup:
     colors = arm_colors(result)
     scale = words.scale_for([verdict], result.metrics)
     head = element(
@@ -85,7 +85,7 @@ def _card(verdict: Verdict, result: Result) -> Markup:
         _looks(verdict),
         _pairs(verdict),
         class_=f"card {verdict.status}",
-        data_status=verdict.status,
+        id=f"claim-{index}",
     )
 
 

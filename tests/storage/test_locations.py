@@ -1,0 +1,56 @@
+"""Paths, globs and URLs to files."""
+
+from __future__ import annotations
+
+import gzip
+
+import fsspec
+import pytest
+
+from torchstone.errors import DataError, DependencyError
+from torchstone.storage.hashing import bytes_hash
+from torchstone.storage.locations import expand, location_hash, open_binary
+
+
+def test_paths_globs_and_urls(tmp_path):
+    for name in ("b.txt", "a.txt", "c.md"):
+        (tmp_path / name).write_text(name)
+    assert expand(str(tmp_path / "a.txt")) == [str(tmp_path / "a.txt")]
+    assert expand(f"{tmp_path}/*.txt") == [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
+    assert expand(f"file://{tmp_path}/*.txt") == [f"file://{tmp_path}/a.txt", f"file://{tmp_path}/b.txt"]
+    with open_binary(f"file://{tmp_path}/a.txt") as file:
+        assert file.read() == b"a.txt"
+
+
+def test_other_file_systems():
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/torchstone-test/a.txt", b"alpha")
+    memory.pipe("/torchstone-test/b.txt", b"beta")
+    try:
+        found = expand("memory://torchstone-test/*.txt")
+        assert found == ["memory:///torchstone-test/a.txt", "memory:///torchstone-test/b.txt"]
+        assert location_hash(found[1]) == (4, bytes_hash(b"beta"))
+    finally:
+        memory.rm("/torchstone-test", recursive=True)
+
+
+def test_hash_is_of_the_stored_bytes(tmp_path):
+    content = gzip.compress(b"text" * 1000, mtime=0)
+    (tmp_path / "a.gz").write_bytes(content)
+    assert location_hash(str(tmp_path / "a.gz")) == (len(content), bytes_hash(content))
+
+
+@pytest.mark.parametrize("location", ["absent.txt", "*.absent", "", ".", "file:///absent/*"])
+def test_nothing_there_is_a_data_error(tmp_path, monkeypatch, location):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError):
+        expand(location)
+
+
+def test_unknown_protocols_are_typed_errors():
+    with pytest.raises((DataError, DependencyError)):
+        expand("nonsense://bucket/file")
+    with pytest.raises((DataError, DependencyError)):
+        open_binary("nonsense://bucket/file")
+    with pytest.raises(DataError):
+        open_binary("/absent/file")
