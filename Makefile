@@ -47,3 +47,7 @@ check: setup-dev
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
+
+.PHONY: results
+results: setup
+	$(BIN)/python docs/generate.py

@@ -25,7 +25,8 @@ from torchstone.stats.sequential import SequentialDesign, declared_looks, simula
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
 
-# Contrasts of identical arms: mean 0, standard deviation about 1.
+# Contrasts with true mean 0 and standard deviation about 1. Identical arms are exchangeable, so theirs are
+# symmetric; the skewed shapes stand for different arms whose true contrast happens to equal the margin.
 SHAPES: dict[str, Draw] = {
     "normal": lambda rng, n: rng.standard_normal(n),
     "heavy tails (t, 3 df)": lambda rng, n: rng.standard_t(3, n) / 3**0.5,
@@ -66,7 +67,7 @@ class Tally:
 
 def seeds_table(trials: int) -> None:
     """t interval at 3, 5 and 10 seeds."""
-    print("\nt interval over seeds, identical arms, margin 0")
+    print("\nt interval over seeds, true contrast at the margin")
     print("| contrasts | seeds | covers % | holds % | fails % | no interval % |")
     for name, draw in SHAPES.items():
         for n in (3, 5, 10):
@@ -82,7 +83,7 @@ def looks_table(trials: int) -> None:
     for spending in ("linear", "obrien-fleming"):
         design = SequentialDesign(looks, spending=spending)  # type: ignore[arg-type]
         bounds = ", ".join(f"{bound:.2f}" for bound in design.boundaries)
-        print(f"\nSequential rule, looks at {looks}, {spending} spending, |t| above {bounds}; identical arms")
+        print(f"\nSequential rule, looks at {looks}, {spending} spending, |t| above {bounds}")
         print("| contrasts | seeds | held % | failed % | usual interval covers % | all looks cover % |")
         for name, draw in SHAPES.items():
             rng = np.random.default_rng(3)
@@ -130,7 +131,7 @@ def naive_error() -> None:
 
 def items_table(trials: int) -> None:
     """Clustered bootstrap: clusters of 1 to 8 items, cluster effect plus item noise."""
-    print("\nClustered bootstrap over items (1 to 8 items a cluster), identical arms, margin 0")
+    print("\nClustered bootstrap over items (1 to 8 items a cluster), true contrast at the margin")
     print("| cluster effects | clusters | covers % | holds % | fails % | no interval % |")
     for name, draw in list(SHAPES.items())[:4]:
         for count in (10, 20, 50, 148):

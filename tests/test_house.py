@@ -27,8 +27,8 @@ DONE = sorted(slug for slug, method in METHODS.items() if method.done)
 
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, MOST_PUBLIC_NAMES = 500, 60, 12, 40
 
-# Lower floors know nothing of higher ones; packages in one line may use each other. `report` is below `lab`,
-# which writes reports; of `lab` it may use the words of a result only.
+# Lower floors know nothing of higher ones; packages in one line may use each other. `report` is below `lab`, which
+# writes reports.
 FLOORS = (
     {"errors", "kinds", "methods"},
     {"recipe", "stats", "storage"},
@@ -36,7 +36,6 @@ FLOORS = (
     {"models", "objectives", "optim", "data"},
     {"train"},
     {"llm", "evals", "diagnose"},
-    {"lab.result"},
     {"report"},
     {"lab"},
     {"studies"},

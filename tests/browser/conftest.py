@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from torchstone import report
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 
 FLAGS = (
     "--headless=new",

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 
 Open = Callable[..., Any]
 

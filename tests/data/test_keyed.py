@@ -16,7 +16,16 @@ def test_the_numbers_are_splitmix64() -> None:
 
 def test_keys_of_different_paths_differ() -> None:
     paths: list[tuple[str | int, ...]] = [
-        ("a", 1), (1, "a"), ("a", 1, 0), ("a", 0, 1), ("a",), ("aa",), ("a", "a"), ("a\0",), (0,), (0, 0),
+        ("a", 1),
+        (1, "a"),
+        ("a", 1, 0),
+        ("a", 0, 1),
+        ("a",),
+        ("aa",),
+        ("a", "a"),
+        ("a\0",),
+        (0,),
+        (0, 0),
     ]
     assert len({int(key(*path)[0]) for path in paths}) == len(paths)
 

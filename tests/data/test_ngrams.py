@@ -24,8 +24,11 @@ def slow(batch: Batch) -> torch.Tensor:
 
 
 @given(
-    vocabulary=st.integers(1, 6), length=st.integers(1, 16), seed=st.integers(0, 10_000),
-    masked=st.booleans(), ignored=st.booleans(),
+    vocabulary=st.integers(1, 6),
+    length=st.integers(1, 16),
+    seed=st.integers(0, 10_000),
+    masked=st.booleans(),
+    ignored=st.booleans(),
 )
 def test_equals_the_search(vocabulary: int, length: int, seed: int, masked: bool, ignored: bool) -> None:
     draw = torch.Generator().manual_seed(seed)

@@ -91,6 +91,9 @@ def test_the_quarantine_is_stored_with_the_tokens(tmp_path: Path) -> None:
         assert shards.rejected == 1 and len(shards.train.ends) + len(shards.validation.ends) == 300
         reason = "field 'text' is a number instead of a string"
         assert shards.quarantine() == [Rejected("rows.jsonl:201", reason, '{"text": 1}\n')]
+    strict = {**corpus, "skip_bad_cap": 0.001}  # a cap that is lowered holds for what is cached, too
+    with pytest.raises(DataError, match="1 of 301 rows are bad"):
+        TextConfig(corpus=strict, tokenizer="bytes", length=8).build(tmp_path / "cache")
 
 
 @pytest.mark.parametrize("name", ["empty.jsonl", "empty.txt"])
@@ -105,8 +108,12 @@ def test_an_empty_file_is_a_bad_row(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(b"a\x00b", "NUL character at character 1"), (b"ab\xff", "invalid UTF-8"), (b" \n", "the text is empty"),
-     (b"ok\n" + b"x" * 2001, "the row has 2001 bytes")],
+    [
+        (b"a\x00b", "NUL character at character 1"),
+        (b"ab\xff", "invalid UTF-8"),
+        (b" \n", "the text is empty"),
+        (b"ok\n" + b"x" * 2001, "the row has 2001 bytes"),
+    ],
 )
 def test_plain_text_is_checked_too(tmp_path: Path, content: bytes, reason: str) -> None:
     (tmp_path / "a.txt").write_bytes(content)

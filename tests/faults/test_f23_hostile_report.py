@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from torchstone import report
-from torchstone.lab.result import Result
 from torchstone.report import html, markdown
 from torchstone.report.markup import element
+from torchstone.report.result import Result
 from torchstone.report.terminal import print_verdicts
 
 BUILDERS = Path(__file__).parents[1] / "report" / "results.py"

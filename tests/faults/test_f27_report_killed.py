@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from torchstone import report
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 
 BUILDERS = Path(__file__).parents[1] / "report" / "results.py"
 FILES = ("result.json", "report.md", "report.html")
@@ -23,7 +23,7 @@ DRIVER = """
 import os, shutil, sys
 from pathlib import Path
 from torchstone import report
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 old, new, work = (Path(argument) for argument in sys.argv[1:4])
 result = report.load(new)
 EVENTS = {"open", "os.rename", "os.remove", "os.mkdir"}

@@ -26,8 +26,17 @@ def payload(directory, recipe, **changes):
     study = Comparison(load_recipe(recipe), [Variant("same")], None, "validation_loss", 0.0, 1)
     arm = asdict(study.arms(study.scales[SCALE])[0])
     prepared = {"compute": {"precision": "fp32", "compile": False}}
-    return {"task": "measure", "reference": study.reference(), "scale": SCALE, "settings": {}, "directory": str(directory),
-            "code": code_fingerprint(), "arm": arm, "seed": 0, "prepared": prepared} | changes
+    return {
+        "task": "measure",
+        "reference": study.reference(),
+        "scale": SCALE,
+        "settings": {},
+        "directory": str(directory),
+        "code": code_fingerprint(),
+        "arm": arm,
+        "seed": 0,
+        "prepared": prepared,
+    } | changes
 
 
 def finish(executor, count=1, timeout=120.0):
@@ -116,9 +125,18 @@ def test_a_comparison_runs_on_a_ray_cluster_of_two_nodes(tmp_path):
         assert {key for key, cell in cells.items() if cell.status == "done"} >= {
             (arm, seed) for arm in ("baseline", "same") for seed in (0, 1)
         }
-        again = compare(tiny_recipe(), arms[:1], seeds=2, out=tmp_path / "local", options=RunOptions(on="inline"), progress=Quiet())
+        again = compare(
+            tiny_recipe(),
+            arms[:1],
+            seeds=2,
+            out=tmp_path / "local",
+            options=RunOptions(on="inline"),
+            progress=Quiet(),
+        )
         local = next(cell for cell in again.result.cells if cell.arm == "baseline" and cell.seed == 0)
-        assert cells["baseline", 0].metrics["validation_loss"] == pytest.approx(local.metrics["validation_loss"], rel=1e-5)
+        assert cells["baseline", 0].metrics["validation_loss"] == pytest.approx(
+            local.metrics["validation_loss"], rel=1e-5
+        )
     finally:
         ray.shutdown()
         cluster.shutdown()

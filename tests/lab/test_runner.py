@@ -9,9 +9,9 @@ import pytest
 
 from torchstone.errors import InterruptedRun, StudyError
 from torchstone.lab.progress import Lines, Quiet
-from torchstone.lab.result import Metric
 from torchstone.lab.runner import RunOptions, StudyRun, run_study
 from torchstone.lab.study import Arm, Cell, Claim, Measurement, Scale, Study
+from torchstone.report.result import Metric
 
 
 class Coin(Study):

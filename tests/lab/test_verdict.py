@@ -43,7 +43,10 @@ def test_a_clear_paired_advantage_holds_even_under_large_seed_noise():
 
 def test_the_other_direction_fails():
     base = [1.0, 2.0, 3.0]
-    assert verdict(cells(base, [b + 0.1 + 0.001 * i for i, b in enumerate(base)]), Design.of(3, None)).status == "fails"
+    assert (
+        verdict(cells(base, [b + 0.1 + 0.001 * i for i, b in enumerate(base)]), Design.of(3, None)).status
+        == "fails"
+    )
 
 
 def test_noise_is_inconclusive_and_says_what_would_decide():
@@ -115,7 +118,12 @@ def test_items_are_clustered():
     items = {str(i): float(v) for i, v in enumerate(generator.normal(0, 1, 60))}
     outcomes = {
         ("base", 0): Outcome("f", Measurement({"loss": 0.0}, {"loss": items})),
-        ("x", 0): Outcome("f", Measurement({"loss": 0.0}, {"loss": {k: v - 0.5 + 0.01 * (int(k) % 7) for k, v in items.items()}})),
+        ("x", 0): Outcome(
+            "f",
+            Measurement(
+                {"loss": 0.0}, {"loss": {k: v - 0.5 + 0.01 * (int(k) % 7) for k, v in items.items()}}
+            ),
+        ),
     }
     claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline="base", unit="items")
     found = verdict(outcomes, Design.of(1, None), claim)

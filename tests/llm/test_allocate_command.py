@@ -1,4 +1,4 @@
-"""`torchstone allocate`: what it prints and writes, warnings on stderr, one paragraph and an exit code for errors."""
+"""`torchstone allocate`: tables, files, warnings on stderr, one paragraph and an exit code for errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_overlap_is_warned_of_on_stderr(tmp_path: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("words", "code", "text"),
     [
-        (["--budget", "17"], 3, "only 16 runs"),
+        (["--budget", "60"], 3, "only 16 runs"),
         (["--budget", "0"], 2, "pays for no sample"),
         (["--budget", "4", "--method", "best"], 2, "unknown allocation method"),
         (["--budget", "4", "--split", "fold"], 3, "no column 'fold'"),

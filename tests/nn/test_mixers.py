@@ -15,7 +15,7 @@ from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.nn.attention.observe import observe
 from torchstone.nn.span import Span
-from torchstone.optim.groups import parameter_groups
+from torchstone.optim.groups import decay_rules, split_parameters
 
 MIXERS: dict[str, dict[str, Any]] = {
     "mha": {"kind": "attention"},
@@ -283,8 +283,7 @@ def test_declared_parameters_exist(name: str) -> None:
 @every_mixer
 def test_gains_and_lambdas_are_not_decayed(name: str) -> None:
     model = build(name)
-    groups = parameter_groups(model, weight_decay=0.1)
-    decayed = {id(parameter) for group in groups if group["weight_decay"] > 0 for parameter in group["params"]}
+    decayed = {id(parameter) for parameter in split_parameters(model, decay_rules(model))["decay"]}
     for full, parameter in model.named_parameters():
         special = "lambda_" in full and not full.endswith("w_lambda.weight")
         assert (id(parameter) in decayed) == (parameter.dim() == 2 and not special)

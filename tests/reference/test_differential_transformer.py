@@ -17,7 +17,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from torchstone.nn.attention.adaptive_temperature import adaptive_softmax, attention_entropy, inverse_temperature
+from torchstone.nn.attention.adaptive_temperature import (
+    adaptive_softmax,
+    attention_entropy,
+    inverse_temperature,
+)
 from torchstone.nn.attention.differential_v1 import DifferentialV1, scheduled_lambda
 from torchstone.nn.attention.observe import observe
 from torchstone.nn.context import BuildContext

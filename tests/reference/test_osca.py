@@ -24,7 +24,7 @@ BUDGETS = [(case, row) for case in VECTORS["cases"] for row in case["budgets"]]
 
 
 def tables(case: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Train counts, test counts and runs of a case, from the file itself or from the data file that it names."""
+    """Train counts, test counts and runs of a case, from the file itself or from the data file it names."""
     if "data_file" not in case:
         return np.array(case["train_counts"]), np.array(case["test_counts"]), np.array(case["runs"])
     path = FOLDER.parent / case["data_file"]

@@ -6,7 +6,7 @@ import math
 import random
 from typing import Any
 
-from torchstone.lab.result import (
+from torchstone.report.result import (
     ArmRecord,
     CellRecord,
     Change,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from types import ModuleType
 
-from torchstone.lab.result import CellRecord, Figure, Line, Series
 from torchstone.report import charts
 from torchstone.report.charts import Detail
+from torchstone.report.result import CellRecord, Figure, Line, Series
 
 FULL = Detail(400, True)
 

@@ -11,8 +11,8 @@ from types import ModuleType
 
 import pytest
 
-from torchstone.lab.result import CellRecord, Pair, Result, Table
 from torchstone.report import html
+from torchstone.report.result import CellRecord, Pair, Result, Table
 
 NAMES = ["study", "many-arms", "many-cells", "algorithm", "nothing", "one-arm", "hostile"]
 VOID = {"meta", "link", "br", "hr", "input", "wbr"}

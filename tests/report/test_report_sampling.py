@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchstone.lab.result import Series
+from torchstone.report.result import Series
 from torchstone.report.sampling import common_axes, largest_triangles, mean_and_range, on_one_grid
 
 

@@ -9,7 +9,7 @@ from types import ModuleType
 
 from rich.console import Console
 
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 from torchstone.report.terminal import print_verdicts
 
 

@@ -36,7 +36,7 @@ def test_t_interval_over_seeds(n: int, margin: float) -> None:
 
 @pytest.mark.parametrize("n", [3, 5, 10])
 def test_identical_arms_on_a_coarse_grid(n: int) -> None:
-    """Accuracies on 50 questions tie often; ties must not decide more than 5 % of identical arms either way."""
+    """Accuracies on 50 questions tie often; ties must not decide more than 5 % of identical arms."""
     rng = np.random.default_rng([n, 2])
     arm, baseline = rng.binomial(50, 0.9, (2, 4_000, n)) / 50
     held = sum(
@@ -73,7 +73,7 @@ def test_sequential_rule_at_every_look(spending: str) -> None:
 
 
 def test_looking_without_the_rule_is_what_it_prevents() -> None:
-    """The usual interval at every look decides identical arms in clearly more than 5 %: the rule is needed."""
+    """The usual interval at every look decides identical arms in clearly more than 5 %."""
     draws = np.random.default_rng(4).standard_normal((3_000, 10))
     decided = sum(
         any(decide(t_estimate(values[:n])).status != "inconclusive" for n in declared_looks(3, 10))
@@ -109,7 +109,7 @@ def test_ignoring_clusters_is_what_the_bootstrap_prevents() -> None:
 
 
 def test_half_splits_of_one_set_of_problems() -> None:
-    """The design of the allocation study: problems as clusters over overlapping half splits, equal configurations."""
+    """The design of the allocation study: problems as clusters over overlapping half splits."""
     trials, held, covered = 100, 0, 0
     for trial in range(trials):
         table = generate_table("identical", 60, 4, 60, np.random.default_rng([7, trial]))

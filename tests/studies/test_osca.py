@@ -1,4 +1,4 @@
-"""The allocation study: smoke run, published digits, controls, the generated arm where the table is absent."""
+"""The allocation study: smoke run, published digits, controls, generated data where the table is absent."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from torchstone.data.published import SOURCES, notice, published
 from torchstone.errors import DataError
-from torchstone.lab.result import Result
+from torchstone.report.result import Result
 from torchstone.studies import _osca
 from torchstone.studies.osca import MIXED, PURE, QUESTIONS, Osca
 
@@ -31,7 +31,7 @@ def test_every_cell_and_claim_is_there(result: Result) -> None:
 def test_controls_behave(result: Result) -> None:
     status = {verdict.claim: verdict.status for verdict in result.verdicts}
     assert status["control-planted"] == "holds"
-    assert status["control-equal"] != "holds"
+    assert status["control-dominated"] != "holds"
     assert status["control-in-sample"] == "holds"
 
 

@@ -22,7 +22,10 @@ class Zygote:
     def __init__(self, log: Path) -> None:
         self._log = log.open("wb")
         self._process = subprocess.Popen(
-            [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self.log = log
@@ -38,7 +41,14 @@ class Zygote:
         """Exit status of the child: a code, or minus the signal that killed it."""
         return int(self._process.stdout.readline())
 
-    def run(self, recipe: dict[str, Any], directory: Path, kill_after: float | None = None, number: int = signal.SIGKILL, **request: Any) -> int:
+    def run(
+        self,
+        recipe: dict[str, Any],
+        directory: Path,
+        kill_after: float | None = None,
+        number: int = signal.SIGKILL,
+        **request: Any,
+    ) -> int:
         """Start, perhaps signal after some seconds, and wait."""
         pid = self.start(recipe, directory, **request)
         if kill_after is not None:
@@ -82,7 +92,13 @@ def _child(request: dict[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], request["file_limit"]))
     try:
         compute = Compute("fp32", False)
-        train(request["recipe"], request["directory"], compute=compute, progress=lambda state: None, **request.get("options", {}))
+        train(
+            request["recipe"],
+            request["directory"],
+            compute=compute,
+            progress=lambda state: None,
+            **request.get("options", {}),
+        )
     except TorchstoneError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         os._exit(error.exit_code)
@@ -96,7 +112,12 @@ def _main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from torchstone.train import run  # noqa: F401  (imported once, before forking)
+    from tiny import tiny_recipe
+
+    from torchstone.recipe.load import load_recipe
+    from torchstone.train import run  # noqa: F401
+
+    load_recipe(tiny_recipe())  # imports every part once, before forking
 
     for line in sys.stdin.buffer:
         pid = os.fork()

@@ -102,14 +102,17 @@ def cost(loaded: Recipe) -> dict[str, str]:
 
 def _memory(loaded: Recipe, counts: Counts) -> str:
     """Estimated memory of one process, for the recipe's precision or for both that `auto` may choose."""
+    import torch
+
     from torchstone.models.counts import OPTIMIZER_VALUES, Precision, memory_estimate
-    from torchstone.objectives.next_token import CHUNK_ELEMENTS
+    from torchstone.objectives.next_token import chunk_size
 
     optimizer = loaded.optimizer.kind
     if optimizer not in OPTIMIZER_VALUES:
         return f"no estimate for optimizer {optimizer}"
     rows = loaded.batch.micro or loaded.batch.sequences
-    chunk = getattr(loaded.objective, "chunk", None) or max(128, CHUNK_ELEMENTS // counts.vocab_size)
+    output_vd = torch.empty(counts.vocab_size, counts.width, device="meta")
+    chunk = getattr(loaded.objective, "chunk", None) or chunk_size(output_vd)
     precisions: tuple[Precision, ...] = (
         ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
     )

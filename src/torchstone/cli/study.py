@@ -46,11 +46,20 @@ def run(
     slug: Annotated[str, typer.Argument(help="Slug of a method; see `torchstone study list`.")],
     scale: Annotated[str, typer.Option(help="smoke (seconds), toy (minutes on a laptop) or gpu.")] = "toy",
     seeds: Annotated[int | None, typer.Option(help="Paired seeds; default: the scale's.")] = None,
-    until_decided: Annotated[bool, typer.Option("--until-decided", help="Add seeds under a group-sequential rule.")] = False,
+    until_decided: Annotated[
+        bool, typer.Option("--until-decided", help="Add seeds under a group-sequential rule.")
+    ] = False,
     max_seeds: Annotated[int, typer.Option(help="Most seeds that --until-decided may use.")] = 12,
-    on: Annotated[str, typer.Option(help="Where cells run: local, inline, ray or ray://HOST:PORT.")] = "local",
-    jobs: Annotated[int | None, typer.Option(help="Cells at a time; default: chosen from cores and model size.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Directory; the same one continues. Default: runs/SLUG-SCALE-FINGERPRINT.")] = None,
+    on: Annotated[
+        str, typer.Option(help="Where cells run: local, inline, ray or ray://HOST:PORT.")
+    ] = "local",
+    jobs: Annotated[
+        int | None, typer.Option(help="Cells at a time; default: chosen from cores and model size.")
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory; the same one continues. Default: runs/SLUG-SCALE-FINGERPRINT."),
+    ] = None,
 ) -> None:
     """Run a study to its verdicts and write result.json, report.html and report.md."""
     from torchstone.lab.catalogue import study as find

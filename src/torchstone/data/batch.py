@@ -47,8 +47,11 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return Batch(
-            self.tokens_bt.to(device, non_blocking=True), self.targets_bt.to(device, non_blocking=True),
-            move(self.positions_bt), move(self.documents_bt), self.rows,
+            self.tokens_bt.to(device, non_blocking=True),
+            self.targets_bt.to(device, non_blocking=True),
+            move(self.positions_bt),
+            move(self.documents_bt),
+            self.rows,
         )
 
     def split(self, micro: int | None) -> list[Batch]:
@@ -60,7 +63,8 @@ class Batch:
 
     def _piece(self, part: slice) -> Batch:
         return Batch(
-            self.tokens_bt[part], self.targets_bt[part],
+            self.tokens_bt[part],
+            self.targets_bt[part],
             None if self.positions_bt is None else self.positions_bt[part],
             None if self.documents_bt is None else self.documents_bt[part],
             self.rows[part],

@@ -40,6 +40,12 @@ def progress(what: str) -> Iterator[Advance]:
     yield line
 
 
+def report_skipped(kept: int, skipped: int, where: str) -> None:
+    """Say how many rows of a corpus were left out, and which file lists them."""
+    counts = f"{kept + skipped:,} rows read, {kept:,} kept, {skipped:,} skipped"
+    print(f"{counts}; the skipped ones are in {where}", file=sys.stderr)
+
+
 @contextmanager
 def _bar(what: str) -> Iterator[Advance]:
     from rich.console import Console

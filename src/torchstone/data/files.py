@@ -61,8 +61,8 @@ class FilesCorpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of file names, contents and the settings that decide what is read."""
-        settings = self.settings.model_dump(mode="json", exclude={"paths", "skip_bad_cap"})
+        """Hash of file names, contents and the settings that decide what is read or refused."""
+        settings = self.settings.model_dump(mode="json", exclude={"paths"})
         files = [[name, _content(at)] for name, at in zip(self._names, self.locations, strict=True)]
         return fingerprint_of({"settings": settings, "files": files})
 
@@ -89,8 +89,7 @@ class FilesCorpus:
         if bad > self.settings.skip_bad_cap * total:
             raise DataError(
                 f"{bad} of {total} rows are bad, more than skip_bad_cap={self.settings.skip_bad_cap} "
-                "allows; the last "
-                f"is {last}. Mend the files, or raise data.corpus.skip_bad_cap."
+                f"allows; the last is {last}. Mend the files, or raise data.corpus.skip_bad_cap."
             )
 
     def _bad(self, location: str, row: Row) -> str:

@@ -63,9 +63,8 @@ class HubCorpus:
             if not isinstance(text, str) or "\0" in text:
                 raise DataError(
                     f"{location}: column {self.settings.text_field!r} holds "
-                    f"{'a NUL character' if isinstance(text, str) else type(text).__name__} where "
-                    "plain text is due; "
-                    "choose another column or revision."
+                    f"{'a NUL character' if isinstance(text, str) else type(text).__name__} where plain "
+                    "text is due; choose another column or revision."
                 )
             if text.strip():
                 yield Document(location, location, text)
@@ -85,6 +84,5 @@ def _load(settings: HuggingFaceConfig) -> Any:
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"the data set {settings.name} (split {settings.split}, revision "
-            f"{settings.revision or 'newest'}) cannot "
-            f"be loaded: {error}"
+            f"{settings.revision or 'newest'}) cannot be loaded: {error}"
         ) from error

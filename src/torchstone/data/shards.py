@@ -2,12 +2,13 @@
 
 A folder holds, for each of `train` and `validation`:
 
-    train.tokens            all documents one after the other, each closed by the end-of-document id; uint16
-    or uint32 train.ends              int64, where each document ends (its closing id included)
+    train.tokens            uint16 or uint32: all documents, each closed by the end-of-document id
+    train.ends              int64: where each document ends (its closing id included)
     train.documents.jsonl   id and location of each document
 
-`manifest.json` holds sizes and hashes, and `quarantine.jsonl` the rows that were left out, if any. The folder
-appears whole or not at all; two processes that build at once both succeed, and one's work is kept.
+`manifest.json` holds sizes and hashes, its own included, and `quarantine.jsonl` the rows that were left out,
+if any. The folder appears whole or not at all; two processes that build at once both succeed, and one's work
+is kept. Opening checks the manifest's hash and all sizes; `verify` reads every file and checks its hash.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from torchstone.data.building import Advance, progress
+from torchstone.data.building import Advance, progress, report_skipped
 from torchstone.data.corpus import Corpus, Document, Rejected
 from torchstone.data.split import split
 from torchstone.data.tokenizer import Tokenizer
@@ -30,8 +31,9 @@ from torchstone.errors import DataError
 from torchstone.storage.atomic import atomic_directory
 from torchstone.storage.hashing import file_hash, fingerprint_of
 
-FORMAT = 1
+FORMAT = 2
 SPLITS = ("train", "validation")
+_QUARANTINE = "quarantine.jsonl"
 _GROUP = 1 << 20  # characters that are tokenised together
 
 
@@ -59,9 +61,8 @@ class Shard:
         tokens = self.tokens[start:stop].astype(np.int64)
         if tokens.size and tokens.max() >= self.vocab_size:
             raise DataError(
-                f"{self.folder / self.name}.tokens holds the id {tokens.max()} between {start} and "
-                f"{stop}, but the "
-                f"vocabulary has {self.vocab_size} ids; the file is damaged. Delete {self.folder} to "
+                f"{self.folder / self.name}.tokens holds the id {tokens.max()} between {start} and {stop}, "
+                f"but the vocabulary has {self.vocab_size} ids; the file is damaged. Delete {self.folder} to "
                 "build it again."
             )
         return tokens
@@ -82,18 +83,19 @@ class Shards:
 
     Attributes:
         fingerprint: of the content of all files.
-        rejected: rows that were left out; listed in `quarantine.jsonl`.
+        kept, rejected: rows that became documents, and rows that were left out.
     """
 
     folder: Path
     fingerprint: str
     train: Shard
     validation: Shard
+    kept: int
     rejected: int
 
     def quarantine(self) -> list[Rejected]:
         """The rows that were left out."""
-        path = self.folder / "quarantine.jsonl"
+        path = self.folder / _QUARANTINE
         if not path.exists():
             return []
         return [Rejected(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
@@ -118,28 +120,45 @@ def open_or_build(corpus: Corpus, tokenizer: Tokenizer, fraction: float, cache: 
         except OSError as error:
             if not folder.exists():  # else another process was first, with the same content
                 raise DataError(f"the tokenised corpus cannot be stored in {folder}: {error}.") from error
+        shards = open_shards(folder)
+        if shards.rejected:
+            report_skipped(shards.kept, shards.rejected, str(folder / _QUARANTINE))
+        return shards
     return open_shards(folder)
 
 
 def open_shards(folder: Path) -> Shards:
     """Map a built folder into memory; raises DataError if a file is missing or has another size."""
-    try:
-        manifest = json.loads((folder / "manifest.json").read_bytes())
-        sizes = {name: (folder / name).stat().st_size for name in manifest["files"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, str(error)) from error
-    for name, size in sizes.items():
-        if size != manifest["files"][name]["size"]:
-            raise _damaged(folder, f"{name} has {size} bytes instead of {manifest['files'][name]['size']}")
+    manifest = _manifest(folder)
+    for name, stored in manifest["files"].items():
+        try:
+            size = (folder / name).stat().st_size
+        except OSError as error:
+            raise _damaged(folder, f"{name} cannot be read: {error.strerror}") from error
+        if size != stored["size"]:
+            raise _damaged(folder, f"{name} has {size} bytes instead of {stored['size']}")
     train, validation = (_open_shard(folder, name, manifest) for name in SPLITS)
-    return Shards(folder, fingerprint_of(manifest), train, validation, manifest["rejected"])
+    rows = manifest["rows"]
+    return Shards(folder, fingerprint_of(manifest), train, validation, rows["kept"], rows["rejected"])
 
 
 def verify(shards: Shards) -> None:
     """Read every file again and compare its hash; raises DataError naming the first that differs."""
-    for name, stored in json.loads((shards.folder / "manifest.json").read_bytes())["files"].items():
+    for name, stored in _manifest(shards.folder)["files"].items():
         if file_hash(shards.folder / name) != stored["hash"]:
             raise _damaged(shards.folder, f"{name} does not have the content that was written")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """The manifest without its own hash, which is checked."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        stored = manifest.pop("hash")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(folder, f"manifest.json: {error}") from error
+    if fingerprint_of(manifest) != stored:
+        raise _damaged(folder, "manifest.json does not have the content that was written")
+    return manifest
 
 
 def _damaged(folder: Path, reason: str) -> DataError:
@@ -184,28 +203,48 @@ class _Writer:
         self.labels.write(json.dumps([document.id, document.location]).encode() + b"\n")
 
 
+class _Reading:
+    """Reads a corpus and counts what is kept and what is left out."""
+
+    def __init__(self, corpus: Corpus) -> None:
+        self._corpus = corpus
+        self.kept = 0
+        self.rejected: list[Rejected] = []
+
+    def documents(self) -> Iterator[Document]:
+        """All documents."""
+        for document in self._corpus.documents(self.rejected.append):
+            self.kept += 1
+            yield document
+
+
 def _build(
     folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]
 ) -> None:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
-    rejected: list[Rejected] = []
+    reading = _Reading(corpus)
     with ExitStack() as stack, progress("tokenising the corpus") as advance:
         writers = {name: _Writer(stack, folder, name, dtype) for name in SPLITS}
-        _tokenise(split(corpus.documents(rejected.append), fraction), tokenizer, writers, advance)
-    if rejected:
-        lines = [json.dumps(vars(item)) + "\n" for item in rejected]
-        (folder / "quarantine.jsonl").write_text("".join(lines), encoding="utf-8")
+        _tokenise(split(reading.documents(), fraction), tokenizer, writers, advance)
+    if reading.rejected:
+        lines = [json.dumps(vars(item)) + "\n" for item in reading.rejected]
+        (folder / _QUARANTINE).write_text("".join(lines), encoding="utf-8")
     written = {
         path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())
     }
-    manifest = {
-        "format": FORMAT, "source": source, "dtype": dtype, "vocab_size": tokenizer.vocab_size,
+    manifest: dict[str, Any] = {
+        "format": FORMAT,
+        "source": source,
+        "dtype": dtype,
+        "vocab_size": tokenizer.vocab_size,
         "splits": {
             name: {"tokens": writer.count, "documents": writer.documents, "text_bytes": writer.text_bytes}
             for name, writer in writers.items()
         },
-        "rejected": len(rejected), "files": written,
+        "rows": {"kept": reading.kept, "rejected": len(reading.rejected)},
+        "files": written,
     }
+    manifest["hash"] = fingerprint_of(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
 
 
@@ -220,9 +259,8 @@ def _tokenise(
         for (document, held), ids in zip(group, encoded, strict=True):
             if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
                 raise DataError(
-                    f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, "
-                    "outside its "
-                    f"vocabulary of {tokenizer.vocab_size}; use the tokenizer.json that belongs together."
+                    f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, outside "
+                    f"its vocabulary of {tokenizer.vocab_size}; use the tokenizer.json that belongs together."
                 )
             writers[SPLITS[held]].add(document, ids, tokenizer.end_of_document)
         done = writers.values()

@@ -10,6 +10,7 @@ Pitfall: another Python version is another corpus, with another fingerprint.
 
 from __future__ import annotations
 
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -22,11 +23,25 @@ from torchstone.errors import DataError
 from torchstone.recipe.part import Part
 from torchstone.storage.hashing import bytes_hash, fingerprint_of
 
-_FOLDERS = frozenset({
-    "__pycache__", "site-packages", "dist-packages", "lib-dynload",
-    "test", "tests", "idle_test",
-    "distutils", "ensurepip", "idlelib", "lib2to3", "pydoc_data", "tkinter", "turtledemo", "venv",
-})
+_FOLDERS = frozenset(
+    {
+        "__pycache__",
+        "site-packages",
+        "dist-packages",
+        "lib-dynload",
+        "test",
+        "tests",
+        "idle_test",
+        "distutils",
+        "ensurepip",
+        "idlelib",
+        "lib2to3",
+        "pydoc_data",
+        "tkinter",
+        "turtledemo",
+        "venv",
+    }
+)
 _FILES = ("_sysconfigdata", "sitecustomize", "usercustomize", "_distutils_system_mod", "_sysconfig_vars")
 
 
@@ -53,17 +68,16 @@ class StdlibCorpus:
         self.files = sorted(self._sources(), key=lambda path: path.relative_to(root).as_posix())
         if not self.files:
             raise DataError(
-                f"this Python has no standard-library sources in {root}; install one with its .py "
-                "files, or use "
-                "another corpus, for example data.corpus.kind=files data.corpus.paths=my-text/*.txt."
+                f"this Python has no standard-library sources in {root}; install one with its .py files, "
+                "or use another corpus, for example data.corpus.kind=files data.corpus.paths=my-text/*.txt."
             )
 
     @cached_property
     def fingerprint(self) -> str:
         """Hash of every file's relative path and content."""
-        return fingerprint_of([
-            [path.relative_to(self.root).as_posix(), bytes_hash(path.read_bytes())] for path in self.files
-        ])
+        return fingerprint_of(
+            [[path.relative_to(self.root).as_posix(), bytes_hash(path.read_bytes())] for path in self.files]
+        )
 
     def documents(self, reject: Reject | None = None) -> Iterator[Document]:
         """Every file in the order of its relative path; nothing here is rejected."""
@@ -75,8 +89,8 @@ class StdlibCorpus:
                 yield Document(name, f"{name}:1", text)
 
     def _sources(self) -> Iterator[Path]:
-        for path in self.root.rglob("*.py"):
-            folders = path.relative_to(self.root).parts[:-1]
-            generated = path.name.startswith(_FILES) or any(part.startswith("config-") for part in folders)
-            if not generated and _FOLDERS.isdisjoint(folders):
-                yield path
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if name not in _FOLDERS and not name.startswith("config-")]
+            for name in names:
+                if name.endswith(".py") and not name.startswith(_FILES):
+                    yield Path(folder, name)

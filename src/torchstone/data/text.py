@@ -103,9 +103,8 @@ class TextSource:
         for shard, count in ((shards.train, self.windows), (shards.validation, self._held_out)):
             if count == 0:
                 raise DataError(
-                    f"the {shard.name} split has {len(shard.tokens)} tokens, too few for one sequence "
-                    f"of {length} "
-                    "and its target; give more text, a shorter data.length, or another "
+                    f"the {shard.name} split has {len(shard.tokens)} tokens, too few for one sequence of "
+                    f"{length} and its target; give more text, a shorter data.length, or another "
                     "data.validation_fraction."
                 )
 
@@ -129,9 +128,8 @@ class TextSource:
         if sequences > self._held_out:
             raise DataError(
                 f"the held-out text has {self._held_out} sequences of {self.length} tokens, but "
-                f"{sequences} are asked "
-                f"for; set evaluation.sequences to at most {self._held_out}, shorten data.length, or raise "
-                "data.validation_fraction."
+                f"{sequences} are asked for; set evaluation.sequences to at most {self._held_out}, shorten "
+                "data.length, or raise data.validation_fraction."
             )
         chosen = np.arange(sequences) * self._held_out // sequences
         for start in range(0, sequences, size):

@@ -135,7 +135,10 @@ class FileTokenizer:
     """
 
     def __init__(
-        self, path: Path, vocab_size: int | None = None, end_of_document: int | None = None,
+        self,
+        path: Path,
+        vocab_size: int | None = None,
+        end_of_document: int | None = None,
         end_name: str | None = None,
     ) -> None:
         try:
@@ -145,9 +148,8 @@ class FileTokenizer:
             raise DataError(f"the tokenizer file {path} cannot be read: {error.strerror}.") from error
         except Exception as error:  # the library raises plain Exception
             raise DataError(
-                f"{path} is not a tokenizer.json of the tokenizers library ({error}); give the path "
-                "of one, or remove "
-                "a damaged file."
+                f"{path} is not a tokenizer.json of the tokenizers library ({error}); give the path of "
+                "one, or remove a damaged file."
             ) from error
         self._inner.encode_special_tokens = True  # text that spells a special token stays text
         self._inner.no_truncation()

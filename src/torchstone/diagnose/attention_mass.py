@@ -89,7 +89,11 @@ def _masses(weights_nhs: Tensor, answers_n1s: Tensor, largest: float) -> Attenti
     half = weights_nhs.shape[0] // 2
     best = int(answer_nh[:half].mean(0).argmax())
     return AttentionMass(
-        answer=float(answer_nh[half:, best].mean()), answer_raw=float(raw_nh[half:, best].mean()),
-        noise=float(noise_nh[half:, best].mean()), entropy=float(entropy_nh[half:, best].mean()),
-        answer_mean=float(answer_nh.mean()), noise_mean=float(noise_nh.mean()), largest_score=largest,
+        answer=float(answer_nh[half:, best].mean()),
+        answer_raw=float(raw_nh[half:, best].mean()),
+        noise=float(noise_nh[half:, best].mean()),
+        entropy=float(entropy_nh[half:, best].mean()),
+        answer_mean=float(answer_nh.mean()),
+        noise_mean=float(noise_nh.mean()),
+        largest_score=largest,
     )

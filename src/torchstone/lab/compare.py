@@ -17,7 +17,6 @@ from typing import Any
 
 from torchstone.errors import ConfigError
 from torchstone.lab.progress import Progress, choose_progress
-from torchstone.lab.result import Metric
 from torchstone.lab.runner import Finished, RunOptions, StudyRun, run_study
 from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
 from torchstone.lab.training import Matching, TrainingStudy, Tuned, Variant, require_grid
@@ -25,6 +24,7 @@ from torchstone.lab.tuning import FACTORS, tune
 from torchstone.recipe.arms import parse_arm
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
+from torchstone.report.result import Metric
 
 # Standard deviation of the paired difference between two identical arms that differ only in their random stream, from the
 # 40 A/A comparisons in docs/statistics.md; used for the minimum detectable effect before a run.
@@ -32,7 +32,9 @@ ASSUMED_SD = {"validation_loss": 0.01}
 BASELINE = "baseline"
 SCALE = "compare"
 METRICS = {
-    "validation_loss": Metric(name="validation_loss", label="validation loss", unit="nats/token", better="lower"),
+    "validation_loss": Metric(
+        name="validation_loss", label="validation loss", unit="nats/token", better="lower"
+    ),
     "accuracy": Metric(name="accuracy", label="answer accuracy", better="higher"),
 }
 
@@ -41,15 +43,23 @@ class Comparison(TrainingStudy):
     """The study behind `torchstone compare`. Built from plain data, so that a worker can make it again."""
 
     def __init__(
-        self, recipe: Recipe, variants: Sequence[Variant], matching: Matching | None, metric: str, margin: float,
-        seeds: int, tuned: Tuned | None = None,
+        self,
+        recipe: Recipe,
+        variants: Sequence[Variant],
+        matching: Matching | None,
+        metric: str,
+        margin: float,
+        seeds: int,
+        tuned: Tuned | None = None,
     ) -> None:
         self.recipe, self.arms_given, self.matching, self.seeds = recipe, tuple(variants), matching, seeds
         self.baseline = BASELINE
         self.title = "Compare: " + ", ".join(variant.name for variant in variants)
         decisive = METRICS[metric]
         word = "lower" if decisive.better == "lower" else "higher"
-        self.question = f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
+        self.question = (
+            f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
+        )
         self.metrics = (decisive,)
         self.margin, self.tuned = margin, tuned
         self.claims = tuple(self._claim(variant.name, decisive) for variant in variants)
@@ -63,8 +73,12 @@ class Comparison(TrainingStudy):
         lower = metric.better == "lower"
         beyond = f" by more than {self.margin:g}" if self.margin else ""
         return Claim(
-            id=arm, sentence=f"{arm} has a {'lower' if lower else 'higher'} {metric.label} than the baseline{beyond}.",
-            metric=metric.name, arm=arm, baseline=BASELINE, direction="less" if lower else "greater",
+            id=arm,
+            sentence=f"{arm} has a {'lower' if lower else 'higher'} {metric.label} than the baseline{beyond}.",
+            metric=metric.name,
+            arm=arm,
+            baseline=BASELINE,
+            direction="less" if lower else "greater",
             margin=-self.margin if lower else self.margin,
             assumed_sd=ASSUMED_SD.get(metric.name),
         )
@@ -79,16 +93,22 @@ class Comparison(TrainingStudy):
 
     def reference(self) -> dict[str, Any]:
         """The specification that `from_spec` reads."""
-        return {"comparison": {
-            "recipe": self.recipe.data_dict(), "variants": [asdict(variant) for variant in self.arms_given],
-            "matching": asdict(self.matching) if self.matching else None, "metric": self.metrics[0].name,
-            "margin": self.margin,
-        }}
+        return {
+            "comparison": {
+                "recipe": self.recipe.data_dict(),
+                "variants": [asdict(variant) for variant in self.arms_given],
+                "matching": asdict(self.matching) if self.matching else None,
+                "metric": self.metrics[0].name,
+                "margin": self.margin,
+            }
+        }
 
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Comparison:
         """The comparison that `reference` described."""
-        variants = [Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]]
+        variants = [
+            Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]
+        ]
         matching = Matching(**spec["matching"]) if spec["matching"] else None
         return cls(load_recipe(spec["recipe"]), variants, matching, spec["metric"], spec["margin"], seeds=1)
 
@@ -111,9 +131,13 @@ def _variants(arms: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Variant
     else:
         parsed = [parse_arm(arm) for arm in arms]
     if not parsed:
-        raise ConfigError("a comparison needs at least one arm, for example --arm model.block.mixer=differential.")
+        raise ConfigError(
+            "a comparison needs at least one arm, for example --arm model.block.mixer=differential."
+        )
     if any(name == BASELINE for name, _ in parsed):
-        raise ConfigError(f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value.")
+        raise ConfigError(
+            f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value."
+        )
     return [Variant(name, tuple(overrides)) for name, overrides in parsed]
 
 
@@ -165,7 +189,9 @@ def compare(
     if metric not in METRICS:
         raise ConfigError(f"cannot compare by {metric!r}; allowed: {', '.join(METRICS)}.")
     if margin < 0 or seeds < 1 or tune_seeds < 0:
-        raise ConfigError(f"seeds must be ≥ 1, tune seeds and margin ≥ 0; given {seeds}, {tune_seeds}, {margin:g}.")
+        raise ConfigError(
+            f"seeds must be ≥ 1, tune seeds and margin ≥ 0; given {seeds}, {tune_seeds}, {margin:g}."
+        )
     base = load_recipe(recipe)
     chosen = replace(options or RunOptions(), scale=SCALE, seeds=seeds, max_seeds=max_seeds, out=out)
     study = Comparison(base, _variants(arms), _matching(match), metric, margin, seeds)
@@ -187,4 +213,6 @@ def _tuned(
         options = replace(options, out=StudyRun(study, options, progress).out.with_suffix(".tuned"))
     metric = study.metrics[0].name
     tuned = tune(study, study.scales[SCALE], rates, tune_seeds, metric, options, progress)
-    return Comparison(study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned), options
+    return Comparison(
+        study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned
+    ), options

@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torchstone.errors import BudgetError, ConfigError
-from torchstone.lab.result import Match
 from torchstone.models.counts import Counts, count
 from torchstone.recipe.schema import Budget, Recipe
+from torchstone.report.result import Match
 
 On = Literal["params", "flops"]
 Free = Literal["feedforward", "depth", "width", "steps"]
@@ -54,7 +54,9 @@ def quantity(recipe: Recipe, on: On) -> float:
     return float(counts_of(recipe).parameters) if on == "params" else training_flops(recipe)
 
 
-def match(baseline: Recipe, arm: Recipe, on: On, free: Free = "feedforward", tolerance: float = TOLERANCE) -> tuple[Recipe, Match]:
+def match(
+    baseline: Recipe, arm: Recipe, on: On, free: Free = "feedforward", tolerance: float = TOLERANCE
+) -> tuple[Recipe, Match]:
     """The arm's recipe with `free` changed so that it agrees with the baseline, and the record of it.
 
     Args:
@@ -68,9 +70,13 @@ def match(baseline: Recipe, arm: Recipe, on: On, free: Free = "feedforward", tol
         BudgetError: no value of the dimension comes within the tolerance; the message holds the nearest.
     """
     if on not in ("params", "flops") or free not in FREE:
-        raise ConfigError(f"cannot match {on!r} with {free!r}; match params or flops, free one of {', '.join(FREE)}.")
+        raise ConfigError(
+            f"cannot match {on!r} with {free!r}; match params or flops, free one of {', '.join(FREE)}."
+        )
     if free == "steps" and on == "params":
-        raise ConfigError("training steps cannot change the number of parameters; match flops, or free another dimension.")
+        raise ConfigError(
+            "training steps cannot change the number of parameters; match flops, or free another dimension."
+        )
     target = quantity(baseline, on)
     if abs(quantity(arm, on) / target - 1) <= tolerance:
         return arm, _record(on, "none needed", None, None, target, quantity(arm, on), tolerance)
@@ -87,10 +93,18 @@ def match(baseline: Recipe, arm: Recipe, on: On, free: Free = "feedforward", tol
     return matched, _record(on, axis.path, axis.now, value, target, achieved, tolerance)
 
 
-def _record(on: On, free: str, before: Any, after: Any, target: float, achieved: float, tolerance: float) -> Match:
+def _record(
+    on: On, free: str, before: Any, after: Any, target: float, achieved: float, tolerance: float
+) -> Match:
     return Match(
-        on=on, free=free, before=before, after=after, target=target, achieved=achieved,
-        residual=achieved / target - 1, tolerance=tolerance,
+        on=on,
+        free=free,
+        before=before,
+        after=after,
+        target=target,
+        achieved=achieved,
+        residual=achieved / target - 1,
+        tolerance=tolerance,
     )
 
 
@@ -133,7 +147,10 @@ def _steps(recipe: Recipe) -> _Axis:
 
 
 _AXES: dict[str, Callable[[Recipe], _Axis]] = {
-    "feedforward": _feedforward, "depth": _depth, "width": _width, "steps": _steps,
+    "feedforward": _feedforward,
+    "depth": _depth,
+    "width": _width,
+    "steps": _steps,
 }
 
 
@@ -153,7 +170,14 @@ def _nearest(axis: _Axis, on: On, target: float, tolerance: float) -> int:
         low, high = (middle, high) if measure(middle) < target else (low, middle)
     best = min((low, high), key=lambda value: abs(measure(value) / target - 1))
     if axis.step == 1 and axis.path.endswith("hidden"):
-        return min(_round_values(best), key=lambda value: (abs(measure(value) / target - 1) > tolerance, value % 8 != 0, abs(value - best)))
+        return min(
+            _round_values(best),
+            key=lambda value: (
+                abs(measure(value) / target - 1) > tolerance,
+                value % 8 != 0,
+                abs(value - best),
+            ),
+        )
     return best
 
 

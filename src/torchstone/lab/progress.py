@@ -90,13 +90,24 @@ class Live(Quiet):
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
         from rich.progress import Progress as Bars
 
         self._bars = Bars(
-            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False), TimeElapsedColumn(), TimeRemainingColumn(),
-            console=Console(stderr=True), transient=False,
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            transient=False,
         )
         self._bars.start()
         self._stage: Any = None
@@ -115,7 +126,9 @@ class Live(Quiet):
         if cell in self._cells:
             loss = state.get("loss")
             note = f"loss {loss:.3f}" if isinstance(loss, float) else ""
-            self._bars.update(self._cells[cell], completed=state.get("step"), total=state.get("steps"), note=note)
+            self._bars.update(
+                self._cells[cell], completed=state.get("step"), total=state.get("steps"), note=note
+            )
 
     def ended(self, cell: str, error: str) -> None:
         """Remove the cell's bar; a failure stays as a line."""

@@ -26,10 +26,10 @@ from torchstone.lab.environment import cores, environment
 from torchstone.lab.executors import Event, Executor, Job, make_executor
 from torchstone.lab.progress import Progress, choose_progress
 from torchstone.lab.record import CellRecords, Outcome, measurement_of
-from torchstone.lab.result import ArmRecord, CellRecord, Result, Verdict
 from torchstone.lab.study import Arm, Cell, Scale, Study, Summary
 from torchstone.lab.verdict import Design, judge
 from torchstone.recipe.fingerprint import code_fingerprint, device_class, torch_version
+from torchstone.report.result import ArmRecord, CellRecord, Result, Verdict
 from torchstone.report.write import write
 from torchstone.storage.atomic import atomic_write
 from torchstone.storage.hashing import fingerprint_of
@@ -88,15 +88,17 @@ class StudyRun:
         self.prepared: dict[str, Any] = {}
 
     def _plan_fingerprint(self) -> str:
-        return fingerprint_of({
-            "study": self.study.reference(),
-            "identity": self.study.identity(),
-            "arms": [asdict(arm) for arm in self.arms],
-            "scale": [self.options.scale, dict(self.scale.settings)],
-            "code": code_fingerprint(),
-            "torch": torch_version(),
-            "device": device_class(),
-        })
+        return fingerprint_of(
+            {
+                "study": self.study.reference(),
+                "identity": self.study.identity(),
+                "arms": [asdict(arm) for arm in self.arms],
+                "scale": [self.options.scale, dict(self.scale.settings)],
+                "code": code_fingerprint(),
+                "torch": torch_version(),
+                "device": device_class(),
+            }
+        )
 
     def _default_directory(self) -> Path:
         name = self.study.slug or "compare"
@@ -117,19 +119,30 @@ class StudyRun:
                     "code, torch version or device differ. Results are never mixed: choose another --out."
                 )
             return
-        plan = {"fingerprint": self.fingerprint, "study": self.study.reference(), "scale": self.options.scale,
-                "arms": [asdict(arm) for arm in self.arms]}
+        plan = {
+            "fingerprint": self.fingerprint,
+            "study": self.study.reference(),
+            "scale": self.options.scale,
+            "arms": [asdict(arm) for arm in self.arms],
+        }
         atomic_write(path, json.dumps(plan, indent=1, default=str) + "\n")
 
     # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def cell_fingerprint(self, arm: Arm, seed: int) -> str:
         """Fingerprint of one cell: what it computes, with which code, on which kind of device."""
-        return fingerprint_of({
-            "study": self.study.reference() if self.study.slug else "comparison",
-            "arm": dict(arm.settings), "seed": seed, "scale": dict(self.scale.settings), "prepared": self.prepared,
-            "code": code_fingerprint(), "torch": torch_version(), "device": device_class(),
-        })
+        return fingerprint_of(
+            {
+                "study": self.study.reference() if self.study.slug else "comparison",
+                "arm": dict(arm.settings),
+                "seed": seed,
+                "scale": dict(self.scale.settings),
+                "prepared": self.prepared,
+                "code": code_fingerprint(),
+                "torch": torch_version(),
+                "device": device_class(),
+            }
+        )
 
     def cell(self, arm: Arm, seed: int) -> Cell:
         """The cell of an arm and a seed, as `summarise` sees it."""
@@ -137,8 +150,14 @@ class StudyRun:
         return Cell(arm, seed, self.options.scale, self.scale.settings, directory, self.prepared)
 
     def _payload(self, task: str, directory: Path) -> dict[str, Any]:
-        return {"task": task, "reference": self.study.reference(), "scale": self.options.scale,
-                "settings": dict(self.scale.settings), "directory": str(directory), "code": code_fingerprint()}
+        return {
+            "task": task,
+            "reference": self.study.reference(),
+            "scale": self.options.scale,
+            "settings": dict(self.scale.settings),
+            "directory": str(directory),
+            "code": code_fingerprint(),
+        }
 
     def prepare(self, executor: Executor) -> None:
         """Do the study's preparation once and keep its answer."""
@@ -146,7 +165,10 @@ class StudyRun:
         if path.exists():
             self.prepared = json.loads(path.read_text())
             return
-        payload = {**self._payload("prepare", self.out / "prepare"), "arms": [asdict(arm) for arm in self.arms]}
+        payload = {
+            **self._payload("prepare", self.out / "prepare"),
+            "arms": [asdict(arm) for arm in self.arms],
+        }
         executor.submit(Job("prepare", payload))
         event = self._final_event(executor)
         if event.kind != "done":
@@ -160,7 +182,9 @@ class StudyRun:
                 if event.kind != "progress":
                     return event
 
-    def run_cells(self, executor: Executor, seeds: Sequence[int], title: str) -> dict[tuple[str, int], Outcome]:
+    def run_cells(
+        self, executor: Executor, seeds: Sequence[int], title: str
+    ) -> dict[tuple[str, int], Outcome]:
         """Every arm × seed, from the records where they exist; a cell whose worker died is an outcome with an error."""
         wanted = {(arm.name, seed): arm for seed in seeds for arm in self.arms}
         outcomes: dict[tuple[str, int], Outcome] = {}
@@ -182,7 +206,10 @@ class StudyRun:
         return outcomes
 
     def _take_records(
-        self, wanted: dict[tuple[str, int], Arm], outcomes: dict[tuple[str, int], Outcome], announce: bool = False
+        self,
+        wanted: dict[tuple[str, int], Arm],
+        outcomes: dict[tuple[str, int], Outcome],
+        announce: bool = False,
     ) -> None:
         for key, arm in wanted.items():
             if key not in outcomes:
@@ -193,7 +220,10 @@ class StudyRun:
                         self.progress.ended(f"{key[0]} seed {key[1]} (by another process)", found.error)
 
     def _fill(
-        self, executor: Executor, wanted: dict[tuple[str, int], Arm], outcomes: dict[tuple[str, int], Outcome],
+        self,
+        executor: Executor,
+        wanted: dict[tuple[str, int], Arm],
+        outcomes: dict[tuple[str, int], Outcome],
         running: dict[str, tuple[tuple[str, int], Lease]],
     ) -> None:
         """Start cells while the executor has room, skipping those that another process holds."""
@@ -214,12 +244,19 @@ class StudyRun:
                 lease.release()
                 continue
             running[name] = (key, lease)
-            payload = {**self._payload("measure", directory), "arm": asdict(arm), "seed": key[1], "prepared": self.prepared}
+            payload = {
+                **self._payload("measure", directory),
+                "arm": asdict(arm),
+                "seed": key[1],
+                "prepared": self.prepared,
+            }
             self.progress.started(name)
             executor.submit(Job(name, payload))
 
     def _handle(
-        self, event: Event, outcomes: dict[tuple[str, int], Outcome],
+        self,
+        event: Event,
+        outcomes: dict[tuple[str, int], Outcome],
         running: dict[str, tuple[tuple[str, int], Lease]],
     ) -> None:
         if event.kind == "progress":
@@ -229,7 +266,9 @@ class StudyRun:
         arm = next(arm for arm in self.arms if arm.name == key[0])
         fingerprint = self.cell_fingerprint(arm, key[1])
         if event.kind == "done":
-            outcome = Outcome(fingerprint, measurement_of(event.value["measurement"]), "", event.value["seconds"])
+            outcome = Outcome(
+                fingerprint, measurement_of(event.value["measurement"]), "", event.value["seconds"]
+            )
         else:
             outcome = Outcome(fingerprint, None, event.error)
         if event.kind != "died":
@@ -245,13 +284,21 @@ class StudyRun:
         records = []
         for (name, seed), outcome in outcomes.items():
             found = outcome.measurement
-            records.append(CellRecord(
-                arm=name, seed=seed, status="done" if found else "failed", error=outcome.error,
-                fingerprint=outcome.fingerprint, seconds=outcome.seconds,
-                metrics=dict(found.metrics) if found else {}, series=dict(found.series) if found else {},
-                tokens=found.tokens if found else None, flops=found.flops if found else None,
-                peak_bytes=found.peak_bytes if found else None,
-            ))
+            records.append(
+                CellRecord(
+                    arm=name,
+                    seed=seed,
+                    status="done" if found else "failed",
+                    error=outcome.error,
+                    fingerprint=outcome.fingerprint,
+                    seconds=outcome.seconds,
+                    metrics=dict(found.metrics) if found else {},
+                    series=dict(found.series) if found else {},
+                    tokens=found.tokens if found else None,
+                    flops=found.flops if found else None,
+                    peak_bytes=found.peak_bytes if found else None,
+                )
+            )
         return tuple(records)
 
     def summary(self, outcomes: dict[tuple[str, int], Outcome]) -> Summary:
@@ -259,23 +306,40 @@ class StudyRun:
         arms = {arm.name: arm for arm in self.arms}
         done = [
             (self.cell(arms[name], seed), outcome.measurement)
-            for (name, seed), outcome in outcomes.items() if outcome.measurement is not None
+            for (name, seed), outcome in outcomes.items()
+            if outcome.measurement is not None
         ]
         return self.study.summarise(done) if done else Summary(paper=self.study.paper)
 
     def result(
-        self, outcomes: dict[tuple[str, int], Outcome], verdicts: Sequence[Verdict], design: str, notes: Sequence[str]
+        self,
+        outcomes: dict[tuple[str, int], Outcome],
+        verdicts: Sequence[Verdict],
+        design: str,
+        notes: Sequence[str],
     ) -> Result:
         """Everything for the report."""
         summary = self.summary(outcomes)
         records: list[ArmRecord] = [self.study.arm_record(arm) for arm in self.arms]
         return Result(
-            title=self.study.title, question=self.study.question, slug=self.study.slug, scale=self.options.scale,
-            design=design, fingerprint=self.fingerprint, created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=self.study.command(self.options.scale), baseline=self.study.baseline, metrics=self.study.metrics, arms=tuple(records),
-            cells=self.cell_records(outcomes), verdicts=tuple(verdicts), tables=summary.tables,
-            figures=summary.figures, paper=summary.paper or self.study.paper,
-            notes=(*self.study.notes(), *summary.notes, *notes), environment=environment(device_class()),
+            title=self.study.title,
+            question=self.study.question,
+            slug=self.study.slug,
+            scale=self.options.scale,
+            design=design,
+            fingerprint=self.fingerprint,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            command=self.study.command(self.options.scale),
+            baseline=self.study.baseline,
+            metrics=self.study.metrics,
+            arms=tuple(records),
+            cells=self.cell_records(outcomes),
+            verdicts=tuple(verdicts),
+            tables=summary.tables,
+            figures=summary.figures,
+            paper=summary.paper or self.study.paper,
+            notes=(*self.study.notes(), *summary.notes, *notes),
+            environment=environment(device_class()),
             recipe_yaml=self.study.recipe_yaml(self.arms),
         )
 
@@ -294,8 +358,11 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
     resources = study.resources(run.arms)
     slots = options.jobs or max(1, cores() // resources.threads)
     executor = make_executor(
-        options.on, slots=options.jobs if options.on.startswith("ray") else slots, threads=resources.threads,
-        logs=run.out / "logs", devices=resources.devices,
+        options.on,
+        slots=options.jobs if options.on.startswith("ray") else slots,
+        threads=resources.threads,
+        logs=run.out / "logs",
+        devices=resources.devices,
     )
     interrupted = True
     try:

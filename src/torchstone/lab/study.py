@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torchstone.errors import StudyError
-from torchstone.lab.result import ArmRecord, Figure, Metric, PaperFigure, Series, Table
+from torchstone.report.result import ArmRecord, Figure, Metric, PaperFigure, Series, Table
 
 if TYPE_CHECKING:
     from torchstone.lab.progress import Progress
@@ -200,7 +200,9 @@ class Study(ABC):
         arms = list(self.arms(scale))
         names = [validate_name(arm.name, what="arm name") for arm in arms]
         if len(set(names)) != len(names):
-            raise StudyError(f"arm names must differ; given: {', '.join(names)}. Name arms with NAME:key=value.")
+            raise StudyError(
+                f"arm names must differ; given: {', '.join(names)}. Name arms with NAME:key=value."
+            )
         if self.baseline not in names:
             raise StudyError(f"baseline {self.baseline!r} is not among the arms: {', '.join(names)}.")
         metrics = {metric.name for metric in self.metrics}

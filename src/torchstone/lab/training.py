@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 from torchstone.errors import ConfigError
 from torchstone.lab import matching
-from torchstone.lab.result import ArmRecord, Change, Figure, Line, Match, Series, Table
 from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
 from torchstone.recipe.diff import differences
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.recipe.yaml import dump_yaml
+from torchstone.report.result import ArmRecord, Change, Figure, Line, Match, Series, Table
 
 if TYPE_CHECKING:
     from torchstone.data.batch import Batch
-    from torchstone.data.source import DataSource
     from torchstone.models.decoder import Decoder
     from torchstone.train.run import RunSummary
 
@@ -68,7 +67,7 @@ class Trained:
     cell: Cell
     recipe: Recipe
     model: Decoder
-    data: DataSource
+    data: Any
     summary: RunSummary
 
     def accuracy(self, batches: Iterable[Batch]) -> float:
@@ -78,7 +77,9 @@ class Trained:
         objective = self.recipe.objective.build()  # type: ignore[attr-defined]
         with torch.no_grad():
             outputs = [objective(self.model, batch) for batch in batches]
-        return float(sum(output.correct_bt.sum() for output in outputs)) / float(sum(output.count for output in outputs))
+        return float(sum(output.correct_bt.sum() for output in outputs)) / float(
+            sum(output.count for output in outputs)
+        )
 
 
 @dataclass(frozen=True)
@@ -128,7 +129,9 @@ class TrainingStudy(Study):
             recipe = self._at_rate(load_recipe(origin, variant.overrides), variant.name)
             record: Match | None = None
             if self.matching is not None and variant.matched and not first:
-                recipe, record = matching.match(origin, recipe, self.matching.on, self.matching.free, self.matching.tolerance)
+                recipe, record = matching.match(
+                    origin, recipe, self.matching.on, self.matching.free, self.matching.tolerance
+                )
             recipes[variant.name] = recipe
             arms.append(_arm(variant, origin, recipe, record))
         return arms
@@ -143,9 +146,12 @@ class TrainingStudy(Study):
         recipe = load_recipe(arm.settings["recipe"])
         counts = matching.counts_of(recipe)
         return ArmRecord(
-            name=arm.name, role=arm.role, note=arm.note,
+            name=arm.name,
+            role=arm.role,
+            note=arm.note,
             intervention=tuple(Change.model_validate(change) for change in arm.settings["intervention"]),
-            parameters=counts.parameters, flops_per_token=counts.training_flops_per_token,
+            parameters=counts.parameters,
+            flops_per_token=counts.training_flops_per_token,
             match=Match.model_validate(arm.settings["match"]) if arm.settings["match"] else None,
             learning_rate=getattr(recipe.optimizer, "learning_rate", None),
             learning_rate_policy="tuned" if self.tuned else "shared",
@@ -155,8 +161,10 @@ class TrainingStudy(Study):
         """Says whether each arm had its learning rate tuned."""
         if self.tuned is not None:
             return self.tuned.notes
-        return ("The peak learning rate was shared by all arms and not tuned: an arm may win because the rate suits it. "
-                "`--tune` selects a rate for each arm on separate seeds.",)
+        return (
+            "The peak learning rate was shared by all arms and not tuned: an arm may win because the rate suits it. "
+            "`--tune` selects a rate for each arm on separate seeds.",
+        )
 
     def recipe_yaml(self, arms: Sequence[Arm]) -> str:
         """The baseline's recipe."""
@@ -190,14 +198,22 @@ class TrainingStudy(Study):
 
         recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={cell.seed}"])
         summary = train(
-            recipe, cell.directory / "run", compute=Compute(**cell.prepared["compute"]), progress=cell.report, device=None
+            recipe,
+            cell.directory / "run",
+            compute=Compute(**cell.prepared["compute"]),
+            progress=cell.report,
+            device=None,
         )
         recipe, model, data = load_run(cell.directory / "run")
         found = self.probe(Trained(cell, recipe, model, data, summary))
         return Measurement(
-            metrics={**summary.final, **found.metrics}, items=found.items,
-            series={**curves(summary.history), **found.series}, extra=found.extra,
-            tokens=summary.tokens, flops=summary.flops, peak_bytes=summary.peak_bytes,
+            metrics={**summary.final, **found.metrics},
+            items=found.items,
+            series={**curves(summary.history), **found.series},
+            extra=found.extra,
+            tokens=summary.tokens,
+            flops=summary.flops,
+            peak_bytes=summary.peak_bytes,
         )
 
 
@@ -207,7 +223,9 @@ def _arm(variant: Variant, origin: Recipe, recipe: Recipe, record: Match | None)
         for path, before, after in differences(origin, recipe)
     ]
     settings = {
-        "recipe": recipe.data_dict(), "intervention": changes, "match": record.model_dump(mode="json") if record else None,
+        "recipe": recipe.data_dict(),
+        "intervention": changes,
+        "match": record.model_dump(mode="json") if record else None,
     }
     return Arm(variant.name, variant.role, variant.note, settings)  # type: ignore[arg-type]
 
@@ -216,12 +234,17 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Se
     """Training and validation loss as series against steps, tokens, FLOPs and seconds."""
     axes = ("steps", "tokens", "flops", "seconds")
     return {
-        f"{name} loss": Series(axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"]))
-        for name, record in history.items() if record["loss"]
+        f"{name} loss": Series(
+            axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"])
+        )
+        for name, record in history.items()
+        if record["loss"]
     }
 
 
-def depth_figure(cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str) -> tuple[Figure, ...]:
+def depth_figure(
+    cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str
+) -> tuple[Figure, ...]:
     """A model's own number (`layer03/lambda` in `extra`) against the layer, mean and range over seeds; none if no arm has it."""
     found: dict[str, list[list[float]]] = {}
     for cell, measurement in cells:
@@ -230,17 +253,26 @@ def depth_figure(cells: Sequence[tuple[Cell, Measurement]], name: str, title: st
             found.setdefault(cell.arm.name, []).append(values)
     lines = tuple(
         Line(
-            name=arm, x=tuple(range(len(rows[0]))), y=tuple(sum(column) / len(column) for column in zip(*rows, strict=True)),
-            low=tuple(map(min, zip(*rows, strict=True))), high=tuple(map(max, zip(*rows, strict=True))),
+            name=arm,
+            x=tuple(range(len(rows[0]))),
+            y=tuple(sum(column) / len(column) for column in zip(*rows, strict=True)),
+            low=tuple(map(min, zip(*rows, strict=True))),
+            high=tuple(map(max, zip(*rows, strict=True))),
         )
         for arm, rows in found.items()
     )
-    return (Figure(title=title, x_label="layer", y_label=label, lines=lines, note="mean and range over seeds"),) if lines else ()
+    return (
+        (Figure(title=title, x_label="layer", y_label=label, lines=lines, note="mean and range over seeds"),)
+        if lines
+        else ()
+    )
 
 
 def require_grid(grid: Sequence[float]) -> tuple[float, ...]:
     """A learning-rate grid as a sorted tuple; raises ConfigError if it is empty, unsorted in sign or repeated."""
     rates = tuple(sorted(grid))
     if len(rates) < 2 or rates[0] <= 0 or len(set(rates)) != len(rates):
-        raise ConfigError(f"a learning-rate grid has at least two different positive rates; given: {list(grid)}.")
+        raise ConfigError(
+            f"a learning-rate grid has at least two different positive rates; given: {list(grid)}."
+        )
     return rates

@@ -18,11 +18,11 @@ from torchstone.errors import StudyError
 from torchstone.lab.executors import make_executor
 from torchstone.lab.progress import Progress
 from torchstone.lab.record import Outcome
-from torchstone.lab.result import Table
 from torchstone.lab.runner import RunOptions, StudyRun
 from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
 from torchstone.lab.training import TrainingStudy, Tuned
 from torchstone.recipe.load import load_recipe
+from torchstone.report.result import Table
 
 FIRST_TUNING_SEED = 1_000_000
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -74,11 +74,19 @@ def tuning_name(arm: str, rate: float) -> str:
 def at_rate(arm: Arm, rate: float) -> Arm:
     """The arm with another peak learning rate."""
     recipe = load_recipe(arm.settings["recipe"], [f"optimizer.learning_rate={rate!r}"])
-    return replace(arm, name=tuning_name(arm.name, rate), settings={**arm.settings, "recipe": recipe.data_dict()})
+    return replace(
+        arm, name=tuning_name(arm.name, rate), settings={**arm.settings, "recipe": recipe.data_dict()}
+    )
 
 
 def tune(
-    study: TrainingStudy, scale: Scale, grid: Sequence[float], seeds: int, metric: str, options: RunOptions, progress: Progress
+    study: TrainingStudy,
+    scale: Scale,
+    grid: Sequence[float],
+    seeds: int,
+    metric: str,
+    options: RunOptions,
+    progress: Progress,
 ) -> Tuned:
     """Run the tuning cells in `options.out`/tuning and select.
 
@@ -90,12 +98,18 @@ def tune(
     run = StudyRun(search, replace(options, scale="tuning", out=Path(options.out) / "tuning"), progress)
     resources = search.resources(run.arms)
     executor = make_executor(
-        options.on, slots=options.jobs, threads=resources.threads, logs=run.out / "logs", devices=resources.devices
+        options.on,
+        slots=options.jobs,
+        threads=resources.threads,
+        logs=run.out / "logs",
+        devices=resources.devices,
     )
     interrupted = True
     try:
         run.prepare(executor)
-        outcomes = run.run_cells(executor, range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds), "tuning learning rates")
+        outcomes = run.run_cells(
+            executor, range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds), "tuning learning rates"
+        )
         interrupted = False
     finally:
         executor.close(kill=interrupted)
@@ -108,20 +122,34 @@ def select(
 ) -> Tuned:
     """The rate with the lowest mean metric for each arm, among rates at which every seed finished."""
     rates: dict[str, float] = {}
-    notes = [f"The peak learning rate was selected for each arm on separate seeds from the grid {', '.join(f'{r:g}' for r in grid)}."]
+    notes = [
+        f"The peak learning rate was selected for each arm on separate seeds from the grid {', '.join(f'{r:g}' for r in grid)}."
+    ]
     rows = []
     for arm in arms:
         means: dict[float, float | None] = {}
         for rate in grid:
-            cells = [outcome.measurement for (name, _), outcome in outcomes.items() if name == tuning_name(arm, rate)]
+            cells = [
+                outcome.measurement
+                for (name, _), outcome in outcomes.items()
+                if name == tuning_name(arm, rate)
+            ]
             finished = [cell.metrics[metric] for cell in cells if cell is not None]
             means[rate] = sum(finished) / len(finished) if finished and len(finished) == len(cells) else None
         usable = {rate: mean for rate, mean in means.items() if mean is not None}
         if not usable:
-            raise StudyError(f"arm {arm!r} failed at every learning rate of the grid; see the cells' errors, or lower the grid.")
+            raise StudyError(
+                f"arm {arm!r} failed at every learning rate of the grid; see the cells' errors, or lower the grid."
+            )
         rates[arm] = min(usable, key=lambda rate: (usable[rate], rate))
         if rates[arm] in (min(grid), max(grid)):
-            notes.append(f"Arm {arm}: the best rate {rates[arm]:g} lies at the edge of the grid; a wider one may do better.")
+            notes.append(
+                f"Arm {arm}: the best rate {rates[arm]:g} lies at the edge of the grid; a wider one may do better."
+            )
         rows.append((arm, *(means[rate] for rate in grid), rates[arm]))
     columns = ("arm", *(f"{rate:g}" for rate in grid), "selected")
-    return Tuned(rates, tuple(notes), Table(title=f"Tuning: mean {metric} by peak learning rate", columns=columns, rows=tuple(rows)))
+    return Tuned(
+        rates,
+        tuple(notes),
+        Table(title=f"Tuning: mean {metric} by peak learning rate", columns=columns, rows=tuple(rows)),
+    )

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from torchstone.errors import StudyError
 from torchstone.lab.record import Outcome
-from torchstone.lab.result import Interval, Pair, Verdict
 from torchstone.lab.study import Claim, Measurement, Study
+from torchstone.report.result import Interval, Pair, Verdict
 from torchstone.stats.bootstrap import clustered_estimate
 from torchstone.stats.contrasts import Contrasts, paired_items, paired_seeds
 from torchstone.stats.decision import decide
@@ -78,29 +79,51 @@ def effect_before(claim: Claim, design: Design) -> float | None:
 
 
 def judge(
-    study: Study, outcomes: Mapping[tuple[str, int], Outcome], design: Design, look: int, previous: Sequence[Verdict]
+    study: Study,
+    outcomes: Mapping[tuple[str, int], Outcome],
+    design: Design,
+    look: int,
+    previous: Sequence[Verdict],
 ) -> list[Verdict]:
     """One verdict per claim at this look; claims decided at an earlier look keep theirs."""
     decided = {verdict.claim: verdict for verdict in previous if verdict.status != "inconclusive"}
     history = {verdict.claim: verdict.looks for verdict in previous}
     return [
-        decided.get(claim.id) or _verdict(claim, outcomes, design, look, history.get(claim.id, ())) for claim in study.claims
+        decided.get(claim.id) or _verdict(claim, outcomes, design, look, history.get(claim.id, ()))
+        for claim in study.claims
     ]
 
 
 def _verdict(
-    claim: Claim, outcomes: Mapping[tuple[str, int], Outcome], design: Design, look: int, history: tuple[dict, ...]
+    claim: Claim,
+    outcomes: Mapping[tuple[str, int], Outcome],
+    design: Design,
+    look: int,
+    history: tuple[dict, ...],
 ) -> Verdict:
     seeds = range(design.looks[look])
     arm, baseline = _cells(claim.arm, outcomes, seeds), _cells(claim.baseline, outcomes, seeds)
     common = [seed for seed in seeds if seed in arm and seed in baseline]
     failures = [
-        f"{name} seed {seed}: {outcomes[name, seed].error}" if (name, seed) in outcomes else f"{name} seed {seed} is missing"
-        for name, found in ((claim.arm, arm), (claim.baseline, baseline)) for seed in seeds if seed not in found
+        f"{name} seed {seed}: {outcomes[name, seed].error}"
+        if (name, seed) in outcomes
+        else f"{name} seed {seed} is missing"
+        for name, found in ((claim.arm, arm), (claim.baseline, baseline))
+        for seed in seeds
+        if seed not in found
     ]
-    shared = {"claim": claim.id, "sentence": claim.sentence, "metric": claim.metric, "arm": claim.arm,
-              "baseline": claim.baseline, "contrast": claim.contrast, "direction": claim.direction, "margin": claim.margin,
-              "unit_of_n": claim.unit, "mde_before": effect_before(claim, design)}
+    shared: dict[str, Any] = {
+        "claim": claim.id,
+        "sentence": claim.sentence,
+        "metric": claim.metric,
+        "arm": claim.arm,
+        "baseline": claim.baseline,
+        "contrast": claim.contrast,
+        "direction": claim.direction,
+        "margin": claim.margin,
+        "unit_of_n": claim.unit,
+        "mde_before": effect_before(claim, design),
+    }
     if not common:
         return Verdict(status="inconclusive", n=0, reason="; ".join(failures), **shared)
     contrasts = _contrasts(claim, {s: arm[s] for s in common}, {s: baseline[s] for s in common})
@@ -108,12 +131,28 @@ def _verdict(
     decision = decide(estimate, margin=claim.margin, direction=claim.direction)
     status, reason = decision.status, decision.reason
     if failures:
-        status, reason = "inconclusive", f"{len(failures)} cells failed, so the claim stays open: " + "; ".join(failures)
-    record = {"n": estimate.n, "effect": estimate.effect, "low": estimate.low, "high": estimate.high, "status": status}
+        status, reason = (
+            "inconclusive",
+            f"{len(failures)} cells failed, so the claim stays open: " + "; ".join(failures),
+        )
+    record = {
+        "n": estimate.n,
+        "effect": estimate.effect,
+        "low": estimate.low,
+        "high": estimate.high,
+        "status": status,
+    }
     return Verdict(
-        status=status, reason=reason, effect=estimate.effect, interval=_interval(estimate), n=estimate.n,
-        mde_after=_detectable(estimate), n_needed=_needed(estimate, claim, status), pairs=_pairs(claim, contrasts),
-        looks=(*history, record) if design.sequential is not None else (), **shared,
+        status=status,
+        reason=reason,
+        effect=estimate.effect,
+        interval=_interval(estimate),
+        n=estimate.n,
+        mde_after=_detectable(estimate),
+        n_needed=_needed(estimate, claim, status),
+        pairs=_pairs(claim, contrasts),
+        looks=(*history, record) if design.sequential is not None else (),
+        **shared,
     )
 
 
@@ -122,26 +161,36 @@ def _cells(arm: str, outcomes: Mapping[tuple[str, int], Outcome], seeds: range) 
     return {seed: measurement for seed, measurement in found.items() if measurement is not None}
 
 
-def _contrasts(claim: Claim, arm: Mapping[int, Measurement], baseline: Mapping[int, Measurement]) -> Contrasts:
+def _contrasts(
+    claim: Claim, arm: Mapping[int, Measurement], baseline: Mapping[int, Measurement]
+) -> Contrasts:
     try:
         if claim.unit == "items":
             return paired_items(
                 {seed: cell.items[claim.metric] for seed, cell in arm.items()},
-                {seed: cell.items[claim.metric] for seed, cell in baseline.items()}, claim.contrast,
+                {seed: cell.items[claim.metric] for seed, cell in baseline.items()},
+                claim.contrast,
             )
         return paired_seeds(
             {seed: cell.metrics[claim.metric] for seed, cell in arm.items()},
-            {seed: cell.metrics[claim.metric] for seed, cell in baseline.items()}, claim.contrast,
+            {seed: cell.metrics[claim.metric] for seed, cell in baseline.items()},
+            claim.contrast,
         )
     except KeyError as error:
-        raise StudyError(f"claim {claim.id!r} needs the metric {error}, which a cell does not have.") from error
+        raise StudyError(
+            f"claim {claim.id!r} needs the metric {error}, which a cell does not have."
+        ) from error
 
 
 def _estimate(claim: Claim, contrasts: Contrasts, design: Design) -> Estimate:
     if claim.unit == "items":
         generator = np.random.default_rng(BOOTSTRAP_SEED)
         return clustered_estimate(
-            contrasts.values, contrasts.clusters, generator, margin=claim.margin, resolution=contrasts.resolution
+            contrasts.values,
+            contrasts.clusters,
+            generator,
+            margin=claim.margin,
+            resolution=contrasts.resolution,
         )
     return design.estimate(contrasts)
 

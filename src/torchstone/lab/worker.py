@@ -46,8 +46,13 @@ def perform(payload: Mapping[str, Any], report: Callable[[Mapping[str, Any]], No
     if payload["task"] == "prepare":
         return study.prepare([Arm(**arm) for arm in payload["arms"]], payload["settings"], directory)
     cell = Cell(
-        arm=Arm(**payload["arm"]), seed=payload["seed"], scale=payload["scale"], settings=payload["settings"],
-        directory=directory, prepared=payload["prepared"], report=report,
+        arm=Arm(**payload["arm"]),
+        seed=payload["seed"],
+        scale=payload["scale"],
+        settings=payload["settings"],
+        directory=directory,
+        prepared=payload["prepared"],
+        report=report,
     )
     started = time.perf_counter()
     measurement = study.measure(cell)

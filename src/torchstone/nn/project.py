@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 
-def project(x_btd: Tensor, *layers: nn.Linear) -> tuple[Tensor, ...]:
-    """The outputs of bias-free linear layers, computed together.
+def project(x_btd: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x Wᵀ for every weight [out, d], computed together.
 
-    The weights stay separate parameters (so that names, initialisation and matching arms stay simple) and are put
-    side by side for the product: one large product runs faster than several small ones, and so does its gradient.
+    The weights stay separate parameters (so that names, initialisation and paired arms stay simple) and are put side
+    by side for the product: one large product runs faster than several small ones, and so does its gradient.
     """
-    weight = torch.cat([layer.weight for layer in layers])
-    return F.linear(x_btd, weight).split([layer.out_features for layer in layers], dim=-1)
+    sizes = [weight.shape[0] for weight in weights]
+    return F.linear(x_btd, torch.cat(weights)).split(sizes, dim=-1)

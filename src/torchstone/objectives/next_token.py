@@ -14,6 +14,7 @@ Pitfall: the matrix products run in autocast's type, losses, sums and softmax in
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -85,11 +86,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def chunk_size(weight_vd: Tensor) -> int:
     """Tokens whose logits exist at once by default."""
-    return max(LEAST_TOKENS, CHUNK_LOGITS.get(weight_vd.device.type, 1 << 25) // weight_vd.shape[0])
+    return max(LEAST_TOKENS, CHUNK_LOGITS.get(weight_vd.device.type, CHUNK_LOGITS["cpu"]) // weight_vd.shape[0])
 
 
 def chunked_cross_entropy(
-    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int | None = None
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    targets_n: Tensor,
+    chunk: int | None = None,
+    untraced: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies and each token's own, of logits `hidden @ weightᵀ`.
 
@@ -98,6 +103,7 @@ def chunked_cross_entropy(
         weight_vd: output matrix.
         targets_n: int64 token ids; IGNORE (-100) where there is no target.
         chunk: tokens at a time; None takes `chunk_size`.
+        untraced: used in place of the traced function where there are many chunks, see `NextToken.before_compile`.
 
     Returns:
         the sum (differentiable, fp32) and losses [n] (detached, fp32; 0 where there is no target).
@@ -106,13 +112,8 @@ def chunked_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
     size = chunk or chunk_size(weight_vd)
     many = -(-hidden_nd.shape[0] // size) > MOST_COMPILED_CHUNKS
-    return (_outside_the_graph if many else _ChunkedCrossEntropy.apply)(hidden_nd, weight_vd, targets_n, size, dtype)
-
-
-@torch.compiler.disable
-def _outside_the_graph(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The same, not traced by `torch.compile`, which would unroll the chunks and take minutes for many of them."""
-    return _ChunkedCrossEntropy.apply(*arguments)
+    apply = untraced if many and untraced is not None else _ChunkedCrossEntropy.apply
+    return apply(hidden_nd, weight_vd, targets_n, size, dtype)
 
 
 @torch.no_grad()
@@ -125,7 +126,7 @@ def chunked_scores(
     for hidden_cd, targets_c in zip(hidden_nd.split(size), targets_n.split(size), strict=True):
         logits_cv = F.linear(hidden_cd, weight_vd).float()
         losses.append(F.cross_entropy(logits_cv, targets_c, ignore_index=IGNORE, reduction="none"))
-        correct.append((logits_cv.argmax(-1) == targets_c))
+        correct.append(logits_cv.argmax(-1) == targets_c)
     return torch.cat(losses), torch.cat(correct)
 
 
@@ -135,6 +136,11 @@ class NextToken(nn.Module):
     def __init__(self, chunk: int | None = None) -> None:
         super().__init__()
         self.chunk = chunk
+        self._untraced: Callable[..., tuple[Tensor, Tensor]] | None = None
+
+    def before_compile(self) -> None:
+        """Keep a loss of many chunks out of `torch.compile`, which would unroll them and take minutes."""
+        self._untraced = torch.compiler.disable(_ChunkedCrossEntropy.apply)
 
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of `model` (a decoder) on a batch."""
@@ -144,7 +150,7 @@ class NextToken(nn.Module):
         count = (targets_bt != IGNORE).sum()
         flat = hidden_btd.flatten(0, 1), model.head.weight_vd, targets_bt.flatten()
         if torch.is_grad_enabled():
-            loss_sum, losses_n = chunked_cross_entropy(*flat, self.chunk)
+            loss_sum, losses_n = chunked_cross_entropy(*flat, self.chunk, self._untraced)
             return LossOutput(loss_sum, count, losses_n.view(targets_bt.shape))
         losses_n, correct_n = chunked_scores(*flat, self.chunk)
         shape = targets_bt.shape

@@ -14,9 +14,8 @@ import torch
 from pydantic import Field
 from torch import nn
 
-from torchstone.optim.groups import decay_rules, split_parameters
+from torchstone.optim.groups import parameter_groups
 from torchstone.recipe.part import Part
-
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -33,10 +32,6 @@ class AdamWConfig(Part):
     clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null: no clipping")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
-        """The optimizer over the model's trainable parameters; raises ConfigError (see `split_parameters`)."""
-        groups = split_parameters(model, decay_rules(model))
-        decays = {"decay": self.weight_decay, "no_decay": 0.0}
-        chosen = [
-            {"params": parameters, "weight_decay": decays[name]} for name, parameters in groups.items() if parameters
-        ]
-        return torch.optim.AdamW(chosen, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)
+        """The optimizer over the model's trainable parameters; raises ConfigError (see `parameter_groups`)."""
+        groups = parameter_groups(model, self.weight_decay)
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=self.betas, eps=self.eps, fused=True)

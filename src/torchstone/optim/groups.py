@@ -8,6 +8,7 @@ value; every trainable parameter must match exactly one, so that none is forgott
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -30,7 +31,8 @@ def decay_rules(model: nn.Module) -> dict[str, Rule]:
     known = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     if unknown := sorted(exempt - known):
         raise ConfigError(
-            f"no_decay_parameters names {', '.join(unknown)}, which the model does not have; correct the module that says so."
+            f"no_decay_parameters names {', '.join(unknown)}, which the model does not have; correct the module "
+            "that says so."
         )
     shared = {id(value) for name, value in model.named_parameters(remove_duplicate=False) if name in exempt}
 
@@ -64,3 +66,14 @@ def split_parameters(model: nn.Module, rules: Mapping[str, Rule]) -> dict[str, l
     if not any(groups.values()):
         raise ConfigError("the model has no trainable parameter; unfreeze some, or evaluate it instead of training.")
     return groups
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What a torch optimizer takes: the groups of `decay_rules` with their decay, empty ones left out.
+
+    Raises:
+        ConfigError: see `decay_rules` and `split_parameters`.
+    """
+    decays = {"decay": weight_decay, "no_decay": 0.0}
+    groups = split_parameters(model, decay_rules(model))
+    return [{"params": found, "weight_decay": decays[name]} for name, found in groups.items() if found]

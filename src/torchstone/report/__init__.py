@@ -3,7 +3,7 @@ made from.
 
 `write(result, directory)` writes all three, `render` makes the two readable ones again from a loaded result,
 and `load(directory)` reads `result.json` back. Everything here only shows: no number in a report is computed
-from anything but `torchstone.lab.result.Result`.
+from anything but `torchstone.report.result.Result`.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from torchstone.lab.result import Figure, Line, Result, Series
 from torchstone.report import words
+from torchstone.report.result import Figure, Line, Result, Series
 from torchstone.report.sampling import common_axes, largest_triangles, mean_and_range, on_one_grid
 
 MANY_CELLS = 24

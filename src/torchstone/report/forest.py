@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torchstone.lab.result import Metric, Verdict
 from torchstone.report import numbers, words
 from torchstone.report.markup import Markup, element
+from torchstone.report.result import Metric, Verdict
 from torchstone.report.words import EffectScale
 
 MOST_DOTS = 120

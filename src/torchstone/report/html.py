@@ -16,10 +16,10 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from torchstone.lab.result import Result
 from torchstone.report import charts
 from torchstone.report.charts import Chart, Detail
 from torchstone.report.markup import Markup, clean, data_block, element, join
+from torchstone.report.result import Result
 from torchstone.report.sections import arms, colophon, evidence, verdicts
 from torchstone.report.sections import charts as chart_sections
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from torchstone.lab.result import ArmRecord, Result, Verdict
 from torchstone.report import numbers, tables, words
 from torchstone.report.markup import clean
+from torchstone.report.result import ArmRecord, Result, Verdict
 from torchstone.report.sections.arms import POLICIES, QUANTITIES, shown_value
 from torchstone.report.tables import Grid
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from torchstone.lab.result import Series
+from torchstone.report.result import Series
 
 AXES = ("tokens", "flops", "seconds", "steps")
 

@@ -10,8 +10,8 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from torchstone.lab.result import ArmRecord, CellRecord, Result, Table
 from torchstone.report import numbers
+from torchstone.report.result import ArmRecord, CellRecord, Result, Table
 
 MOST_ROWS = 400
 STATES = {"done": "done", "failed": "✗\u00a0failed", "missing": "–\u00a0missing"}

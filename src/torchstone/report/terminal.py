@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from torchstone.lab.result import Result, Verdict
 from torchstone.report import words
+from torchstone.report.result import Result, Verdict
 from torchstone.storage.names import safe_text
 
 STYLES = {"holds": "bold green", "fails": "bold red", "inconclusive": "bold yellow"}

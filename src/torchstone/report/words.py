@@ -13,8 +13,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from torchstone.lab.result import Metric, Result, Verdict
 from torchstone.report import numbers
+from torchstone.report.result import Metric, Result, Verdict
 
 ICONS = {"holds": "✓", "fails": "✗", "inconclusive": "?"}
 LARGE_LOG_RATIO = 0.5

@@ -13,8 +13,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from torchstone.errors import StudyError
-from torchstone.lab.result import SCHEMA_VERSION, Result
 from torchstone.report import html, markdown
+from torchstone.report.result import SCHEMA_VERSION, Result
 from torchstone.storage.atomic import atomic_write
 
 RESULT, MARKDOWN, HTML = "result.json", "report.md", "report.html"

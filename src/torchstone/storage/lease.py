@@ -3,8 +3,8 @@
 A lease is a small file made exclusively. Its owner moves a counter in it from a thread. Whoever wants the
 lease and finds it taken watches the counter: if it has not moved for `ttl` seconds of the watcher's own
 monotonic clock, the owner is gone, and the watcher takes over. No two clocks are ever compared and no file
-time is read, so a clock that jumps changes nothing. An owner on this machine whose process no longer exists is
-replaced at once.
+time is read, so a clock that jumps changes nothing. An owner on this machine whose process no longer exists
+is replaced at once.
 
 Whoever removes a lease's file holds a lock on that very file meanwhile and has checked it under the lock, so
 that of several who see a stale lease one replaces it, and none touches the new one. The owner writes its

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from torchstone.data.published import published
-from torchstone.lab.result import Figure, Line, PaperFigure, Series, Table
 from torchstone.lab.study import Cell, Measurement
 from torchstone.llm.allocation.populations import generate_table
 from torchstone.llm.allocation.table import CountTable, read_table
 from torchstone.llm.allocation.trial import by_budget, samples_to_match, spend
+from torchstone.report.result import Figure, Line, PaperFigure, Series, Table
 
 Cells = Sequence[tuple[Cell, Measurement]]
 

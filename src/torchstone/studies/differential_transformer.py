@@ -22,11 +22,11 @@ from collections.abc import Sequence
 
 from torchstone.diagnose.attention_mass import attention_mass
 from torchstone.evals.ar_loss import ar_losses
-from torchstone.lab.result import Metric, PaperFigure
 from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
 from torchstone.lab.training import Matching, Probe, Trained, TrainingStudy, Variant, depth_figure
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
+from torchstone.report.result import Metric, PaperFigure
 
 MIXER = "model.block.mixer"
 V1, V2 = f"{MIXER}=differential", f"{MIXER}={{kind: differential, version: v2}}"

@@ -13,28 +13,34 @@ MOST_STEPS = 10**9
 
 def counts_of(recipe: Recipe) -> Counts:
     """Parameters and FLOPs of a recipe's model on its data's vocabulary and length."""
-    return count(recipe.model, recipe.data.vocabulary(), recipe.data.sequence_length())
+    vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()  # type: ignore[attr-defined]
+    return count(recipe.model, vocabulary, length)
 
 
 def tokens_per_step(recipe: Recipe) -> int:
     """Training tokens of one update over all processes."""
-    return recipe.batch.sequences * recipe.data.sequence_length()
+    return recipe.batch.sequences * recipe.data.sequence_length()  # type: ignore[attr-defined]
 
 
 def steps_of(recipe: Recipe) -> int:
     """Updates of the whole run: the budget in whole steps, rounded up.
 
     Raises:
-        BudgetError: the budget is absurdly large (more than 10⁹ steps).
+        BudgetError: the budget buys less than one step, or more than 10⁹.
     """
-    budget = recipe.budget
-    if budget.steps is not None:
-        steps = budget.steps
+    if recipe.budget.steps is not None:
+        exact = float(recipe.budget.steps)
     else:
-        steps = max(1, math.ceil(_tokens(recipe) / tokens_per_step(recipe) - 1e-9))
-    if steps > MOST_STEPS:
-        raise BudgetError(f"the budget {budget.unit} buys {steps:.3g} steps, more than {MOST_STEPS:.0e}; lower it or raise batch.sequences.")
-    return steps
+        exact = _tokens(recipe) / tokens_per_step(recipe)
+    given = f"the budget of {getattr(recipe.budget, recipe.budget.unit):,} {recipe.budget.unit.replace('_', ' ')}"
+    if exact < 1 - 1e-9:
+        raise BudgetError(
+            f"{given} buys {exact:.3g} steps of {tokens_per_step(recipe):,} tokens; give at least one step, or lower "
+            "batch.sequences."
+        )
+    if exact > MOST_STEPS:
+        raise BudgetError(f"{given} buys {exact:.3g} steps, more than {MOST_STEPS:.0e}; lower it, or raise batch.sequences.")
+    return math.ceil(exact - 1e-9)
 
 
 def _tokens(recipe: Recipe) -> float:

@@ -41,6 +41,7 @@ from torchstone.train.manifest import (
     GROUP,
     MANIFEST,
     check_files,
+    check_header,
     manifest_bytes,
     read_manifest,
     refuse_foreign,
@@ -140,8 +141,8 @@ class CheckpointStore:
         went on from an older checkpoint, are set aside under another name.
 
         Raises:
-            CheckpointError: the disk is full (after retries) or cannot be written; earlier checkpoints are
-            intact.
+            CheckpointError: the disk is full (after retries) or cannot be written, or the data is too large
+            to be read later; earlier checkpoints are intact.
         """
         for group in snapshot.tensors:
             assert GROUP.fullmatch(group), f"{group!r} cannot name a group of tensors"
@@ -172,6 +173,7 @@ class CheckpointStore:
         with atomic.atomic_directory(target) as folder:
             for group, tensors in snapshot.tensors.items():
                 save_file(_storable(tensors), folder / f"{group}.safetensors")
+                check_header(folder / f"{group}.safetensors")  # what is written must be read later
                 atomic.stage_hook(f"{group} written")
             (folder / MANIFEST).write_bytes(manifest_bytes(folder, snapshot.step, snapshot.data))
             atomic.stage_hook("manifest written")

@@ -1,10 +1,11 @@
 """Processes that train together: ranks of torchrun, each with its rows of every global batch.
 
 The global batch of a step is one list of sequences, whatever the number of processes; rank r of w takes rows
-[r·B/w, (r+1)·B/w). Gradients are summed over ranks and divided by the number of targets in the global batch, so that the
-update equals that of one process up to float error.
+[r·B/w, (r+1)·B/w). Gradients are summed over ranks and divided by the number of targets in the global batch, so that
+the update equals that of one process up to float error.
 
-On a CPU the back end is gloo; on GPUs nccl (not yet run on GPU).
+On CPUs the back end is gloo, on GPUs nccl. The GPU path (nccl, pinned batches, copies that do not wait) has not been
+run on GPUs yet.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from torchstone.data.batch import Batch
 from torchstone.errors import ConfigError
 from torchstone.train.precision import default_device
 
-TIMEOUT = timedelta(minutes=10)
+TIMEOUT = timedelta(minutes=30)  # of one exchange; the leading rank may build data while the others wait
 
 
 @dataclass(frozen=True)
@@ -42,13 +44,24 @@ class World:
         """This rank's rows of a global batch; raises ConfigError if ranks cannot share it evenly."""
         if sequences % self.size:
             raise ConfigError(
-                f"batch.sequences = {sequences} cannot be shared by {self.size} processes; make it a multiple of {self.size}."
+                f"batch.sequences = {sequences} cannot be shared by {self.size} processes; make it a multiple of "
+                f"{self.size}, or start another number of processes."
             )
         share = sequences // self.size
         return self.rank * share, (self.rank + 1) * share
 
+    def place(self, batch: Batch) -> Batch:
+        """The batch on this rank's device; a GPU copies it from pinned memory while the host goes on."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        pinned = [
+            tensor.pin_memory() if tensor is not None else None
+            for tensor in (batch.tokens_bt, batch.targets_bt, batch.positions_bt, batch.documents_bt)
+        ]
+        return Batch(*pinned, rows=batch.rows).to(self.device)  # type: ignore[arg-type]
+
     def total(self, value: Tensor) -> Tensor:
-        """Sum over all ranks."""
+        """Sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
@@ -67,7 +80,7 @@ class World:
             dist.barrier()
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module, with gradients summed over ranks by DDP."""
+        """The module, with gradients averaged over ranks by DDP."""
         if self.size == 1:
             return module
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -78,10 +91,10 @@ class World:
 def world(device: torch.device | None = None) -> Iterator[World]:
     """The world that torchrun describes in the environment, or a single process. Leaves the group at the end."""
     size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1:
-        yield World(0, 1, device or default_device())
-        return
     chosen = device or default_device()
+    if size == 1:
+        yield World(0, 1, chosen)
+        return
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)

@@ -3,52 +3,51 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
 
-from torchstone.train.distributed import World
-from torchstone.train.precision import Compute
+if TYPE_CHECKING:
+    from torchstone.train.loop import Trainer
 
 LARGEST_BATCH = 64
 
 
 @torch.no_grad()
 def evaluate(
-    model: Any, objective: nn.Module, data: Any, sequences: int, rows: int, compute: Compute, world: World
-) -> dict[str, float]:
-    """Metrics on held-out sequences.
+    trainer: Trainer, sequences: int, rows: int, stopped: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """Metrics on held-out sequences, with the plain model (so that evaluation compiles nothing).
 
     Args:
-        model: the plain decoder (not compiled, so that evaluation compiles nothing).
-        objective: computes the loss.
-        data: the data source.
+        trainer: whose model, objective, data, precision and world are used; ranks share the batches.
         sequences: held-out sequences.
-        rows: sequences per forward pass.
-        compute: precision.
-        world: ranks share the batches.
+        rows: sequences per forward pass, at most 64.
+        stopped: asked between batches, by all ranks together.
 
     Returns:
-        `loss` (nats per target token), `accuracy` (greedy, on targets) and, where the data knows its bytes per token,
-        `bits_per_byte`.
+        `loss` (nats per target token), `accuracy` (of the most likely token) and, where the data knows its bytes
+        per token, `bits_per_byte`; None if `stopped` said so before the end.
     """
+    model, data, world = trainer.model, trainer.data, trainer.world
     was_training = model.training
     model.eval()
-    totals = torch.zeros(3, dtype=torch.float64)
+    totals = torch.zeros(3, dtype=torch.float64, device=world.device)
     try:
         for index, batch in enumerate(data.evaluation(min(rows, LARGEST_BATCH), sequences)):
+            if index % world.size == 0 and stopped():
+                return None
             if index % world.size != world.rank:
                 continue
-            batch = batch.to(world.device)
-            with compute.autocast(world.device):
-                output = objective(model, batch)
-            totals += torch.tensor([float(output.loss_sum), float(output.count), float(output.correct_bt.sum())])
+            with trainer.compute.autocast(world.device):
+                output = trainer.objective(model, world.place(batch))
+            totals += torch.stack([output.loss_sum, output.count, output.correct_bt.sum()]).double()
     finally:
         model.train(was_training)
-    totals = world.total(totals.to(world.device if world.device.type == "cuda" else "cpu"))
-    loss, count, correct = totals.tolist()
-    found = {"loss": loss / count, "accuracy": correct / count}
+    loss_sum, count, correct = world.total(totals).tolist()
+    loss = loss_sum / count
+    found = {"loss": loss, "accuracy": correct / count}
     if data.bytes_per_token:
-        found["bits_per_byte"] = loss / count / math.log(2) / data.bytes_per_token
+        found["bits_per_byte"] = loss / math.log(2) / data.bytes_per_token
     return found

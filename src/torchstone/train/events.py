@@ -1,18 +1,21 @@
 """Where metrics go: the run's own append-only `metrics.jsonl`, and optional dashboards.
 
 A record is flat: `kind` (train, validation), `step`, `tokens`, `flops`, `seconds`, `loss`, and whatever else was
-measured. A run that was killed repeats the steps since its last checkpoint; readers keep the last record of each step.
+measured. A run that was killed repeats the steps since its last checkpoint; readers keep the last record of each
+step.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from torchstone.errors import DependencyError
 from torchstone.storage.journal import Journal
 
+METRICS = "metrics.jsonl"
 AXES = ("steps", "tokens", "flops", "seconds")
 
 
@@ -21,16 +24,28 @@ class Sink(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None:
         """One record."""
+        ...
 
     def close(self) -> None:
         """Nothing more will come."""
+        ...
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What dashboards need to know of a run: its directory, an id that resumes keep, its recipe, the step it is at."""
+
+    directory: Path
+    id: str
+    recipe: Mapping[str, Any]
+    step: int = 0
 
 
 class JournalSink:
     """`metrics.jsonl` of the run directory."""
 
-    def __init__(self, path: Path) -> None:
-        self._journal = Journal(path)
+    def __init__(self, run: RunIdentity) -> None:
+        self._journal = Journal(run.directory / METRICS)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append the record."""
@@ -41,20 +56,20 @@ class JournalSink:
 
 
 class TensorBoardSink:
-    """Scalars for TensorBoard, in `tensorboard/` of the run directory; raises DependencyError if it is not installed."""
+    """Scalars in `tensorboard/` of the run directory. Raises DependencyError if TensorBoard is not installed."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, run: RunIdentity) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise DependencyError("the sink tensorboard needs: pip install 'torchstone[tensorboard]'") from error
-        self._writer = SummaryWriter(str(directory / "tensorboard"))
+        folder = str(run.directory / "tensorboard")
+        self._writer: Any = SummaryWriter(folder, purge_step=run.step + 1)  # type: ignore[no-untyped-call]
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add every number of the record under its kind."""
-        for name, value in record.items():
-            if isinstance(value, int | float) and name != "step":
-                self._writer.add_scalar(f"{record['kind']}/{name}", value, record["step"])
+        for name, value in _numbers(record).items():
+            self._writer.add_scalar(name, value, record["step"])
 
     def close(self) -> None:
         """Flush and close."""
@@ -62,31 +77,40 @@ class TensorBoardSink:
 
 
 class WandbSink:
-    """Metrics for Weights & Biases; raises DependencyError if it is not installed."""
+    """Metrics for Weights & Biases. Raises DependencyError if it is not installed."""
 
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
+    def __init__(self, run: RunIdentity) -> None:
         try:
             import wandb
         except ImportError as error:
             raise DependencyError("the sink wandb needs: pip install 'torchstone[wandb]'") from error
-        self._run = wandb.init(dir=str(directory), config=dict(config), name=directory.name, resume="allow")
+        self._run = wandb.init(
+            dir=str(run.directory), config=dict(run.recipe), name=run.directory.name, id=run.id, resume="allow"
+        )
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Log every number of the record under its kind."""
-        numbers = {f"{record['kind']}/{name}": value for name, value in record.items() if isinstance(value, int | float)}
-        self._run.log(numbers, step=record["step"])
+        self._run.log(_numbers(record), step=record["step"])
 
     def close(self) -> None:
-        """Finish the W&B run."""
+        """Finish the run there."""
         self._run.finish()
 
 
-def make_sinks(names: Sequence[str], directory: Path, config: Mapping[str, Any]) -> list[Sink]:
-    """The run's journal, and the named dashboards."""
-    sinks: list[Sink] = [JournalSink(directory / "metrics.jsonl")]
-    for name in names:
-        sinks.append(TensorBoardSink(directory) if name == "tensorboard" else WandbSink(directory, config))
-    return sinks
+SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+
+
+def make_sinks(names: Sequence[str], run: RunIdentity) -> list[Sink]:
+    """The run's journal, and the named dashboards; raises DependencyError if one is not installed."""
+    return [JournalSink(run), *(SINKS[name](run) for name in names)]
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"{record['kind']}/{name}": value
+        for name, value in record.items()
+        if isinstance(value, int | float) and name != "step"
+    }
 
 
 def read_history(directory: Path) -> tuple[dict[str, dict[str, list[Any]]], tuple[str, ...]]:
@@ -95,16 +119,20 @@ def read_history(directory: Path) -> tuple[dict[str, dict[str, list[Any]]], tupl
     Returns:
         kind → {steps, tokens, flops, seconds, loss, and every other metric that all records of the kind have}.
     """
-    reading = Journal(directory / "metrics.jsonl").read()
+    reading = Journal(directory / METRICS).read()
     by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}}
+    warnings = list(reading.warnings)
     for record in reading.records:
-        by_kind.setdefault(record["kind"], {})[record["step"]] = record
-    history = {}
-    for kind, records in by_kind.items():
-        ordered = [records[step] for step in sorted(records)]
-        names = set.intersection(*(set(record) for record in ordered)) - {"kind", "step"} if ordered else set()
-        columns = {name: [record[name] for record in ordered] for name in sorted(names)}
-        history[kind] = {"steps": sorted(records), **columns}
-        for name in (*AXES, "loss"):
-            history[kind].setdefault(name, [])
-    return history, reading.warnings
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
+            by_kind.setdefault(record["kind"], {})[record["step"]] = record
+        else:
+            warnings.append(f"{directory / METRICS}: a record without kind or step, ignored")
+    return {kind: _columns(records) for kind, records in by_kind.items()}, tuple(warnings)
+
+
+def _columns(records: Mapping[int, Mapping[str, Any]]) -> dict[str, list[Any]]:
+    ordered = [records[step] for step in sorted(records)]
+    names = set.intersection(*(set(record) for record in ordered)) - {"kind", "step"} if ordered else set()
+    columns = {name: [record[name] for record in ordered] for name in sorted(names)}
+    empty: dict[str, list[Any]] = {name: [] for name in (*AXES, "loss")}
+    return {**empty, **columns, "steps": sorted(records)}

@@ -1,8 +1,8 @@
 """The training loop: one step after another, nothing hidden.
 
 A step: rows of the global batch → loss in micro-batches → gradients → finite? → clip → schedule → update → record.
-The batch, the dropout stream and the schedule are functions of (seed, step), so that there is no state beside weights,
-optimizer moments and counters, and resuming at step s is the same as never having stopped.
+The batch, the dropout stream and the schedule are functions of (seed, step), so that there is no state beside
+weights, optimizer moments and counters, and resuming at step s is the same as never having stopped.
 
 Losses are summed over micro-batches and ranks and divided by the number of targets in the global batch, so that
 accumulation and world size change nothing but rounding.
@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from torchstone.data.batch import IGNORE
+from torchstone.data.batch import IGNORE, Batch
 from torchstone.errors import NonFiniteError
 from torchstone.models.counts import Counts
 from torchstone.recipe.schema import Recipe
@@ -38,31 +38,43 @@ from torchstone.train.signals import Stop
 
 @dataclass
 class Position:
-    """How far a run is. Everything a checkpoint needs beside tensors."""
+    """How far a run is: everything a checkpoint needs beside tensors.
+
+    Attributes:
+        step: updates done. tokens: training tokens seen.
+        seconds: spent in steps, evaluations and saves left out.
+        evaluated: step of the last evaluation, -1 before the first.
+        peak_bytes: most memory of any process of the run so far.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    evaluated: int = -1
     peak_bytes: int = 0
-    taints: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class RunView:
-    """What a callback sees: the recipe, the live model (do not change it), the data and the position."""
+    """What a callback sees: the recipe, the live model (not to be changed), the data, the position, the metrics."""
 
     recipe: Recipe
     model: Any
     data: Any
     position: Position
     compute: Compute
+    metrics: Mapping[str, float]
 
 
-class Callback(Protocol):
-    """Measures something while a run goes on. It may not change weights or draw from torch's generator."""
+class Callback:
+    """Base of callbacks. They may neither change weights nor draw from torch's default generator."""
+
+    def on_step(self, view: RunView) -> None:
+        """Called on every rank after an update and its record."""
 
     def on_evaluation(self, view: RunView) -> Mapping[str, float]:
-        """Extra numbers for the validation record."""
+        """Called on every rank after an evaluation; returns extra numbers for the validation record."""
+        return {}
 
 
 class Trainer:
@@ -91,6 +103,11 @@ class Trainer:
         self.module = world.wrap(compute.wrap(TrainingModule(model, self.objective)))
         self.position = Position()
 
+    @property
+    def finished(self) -> bool:
+        """True when the budget is spent."""
+        return self.position.step >= self.steps
+
     def micro_rows(self) -> list[tuple[int, int]]:
         """This rank's rows of a global batch, in micro-batches."""
         start, stop = self.world.rows(self.recipe.batch.sequences)
@@ -98,25 +115,25 @@ class Trainer:
         return [(row, min(row + size, stop)) for row in range(start, stop, size)]
 
     def step(self) -> dict[str, float]:
-        """One update; returns `loss`, `gradient_norm` and `learning_rate`.
+        """One update; returns `loss`, `gradient_norm` (before clipping) and `learning_rate`.
 
         Raises:
             NonFiniteError: loss or gradient is not finite on any rank; nothing has been updated.
         """
-        step, sequences = self.position.step, self.recipe.batch.sequences
-        batches = [self.data.batch(self.recipe.seed, step, sequences, *rows) for rows in self.micro_rows()]
-        count = torch.tensor(float(sum(int((batch.targets_bt != IGNORE).sum()) for batch in batches)), device=self.world.device)
-        count = self.world.total(count)
-        loss_sum = torch.zeros((), device=self.world.device)
+        seed, step, sequences = self.recipe.seed, self.position.step, self.recipe.batch.sequences
+        batches = [self.data.batch(seed, step, sequences, *rows) for rows in self.micro_rows()]
+        targets = sum(int((batch.targets_bt != IGNORE).sum()) for batch in batches)
+        count = self.world.total(torch.tensor(float(targets), device=self.world.device))
         self.optimizer.zero_grad(set_to_none=True)
-        with dropout_stream(self.recipe.seed, step, self.world.rank, self.world.device):
-            for index, batch in enumerate(batches):
-                loss_sum += self._backward(batch, count, last=index == len(batches) - 1)
+        loss_sum = torch.zeros((), device=self.world.device)
+        with dropout_stream(seed, step, self.world.rank, self.world.device):
+            for batch in batches:
+                loss_sum += self._backward(batch, count, last=batch is batches[-1])
         norm = self._gradient_norm()
-        loss = self.world.total(loss_sum) / count
-        found = {"loss": float(loss), "gradient_norm": float(norm)}
+        found = {"loss": float(self.world.total(loss_sum) / count), "gradient_norm": float(norm)}
         if self.world.any(not all(map(math.isfinite, found.values()))):
-            raise NonFiniteError("; ".join(f"{name} is {value}" for name, value in found.items()))
+            raise NonFiniteError(", ".join(f"{name.replace('_', ' ')} is {value}" for name, value in found.items()))
+        self._clip(norm)
         factor = self.schedule.factor(step)
         for group, peak in zip(self.optimizer.param_groups, self.peak_rates, strict=True):
             group["lr"] = peak * factor
@@ -125,38 +142,33 @@ class Trainer:
         self.position.tokens += sequences * self.data.length
         return {**found, "learning_rate": self.peak_rates[0] * factor}
 
-    def _backward(self, batch: Any, count: torch.Tensor, *, last: bool) -> torch.Tensor:
+    def _backward(self, batch: Batch, count: Tensor, *, last: bool) -> Tensor:
         """Add one micro-batch's share of the gradient; ranks exchange gradients with the last one."""
-        batch = batch.to(self.world.device)
-        with self._without_exchange(not last), self.compute.autocast(self.world.device):
-            loss_sum, _, _ = self.module(batch)
+        quiet: AbstractContextManager[Any] = nullcontext()
+        if self.world.size > 1 and not last:
+            quiet = self.module.no_sync()  # type: ignore[operator]
+        with quiet:
+            with self.compute.autocast(self.world.device):
+                loss_sum, _, _ = self.module(self.world.place(batch))
             # DDP averages over ranks; the factor turns its mean into a sum
             (loss_sum * (self.world.size / count)).backward()
         return loss_sum.detach()
 
-    @contextmanager
-    def _without_exchange(self, skip: bool) -> Iterator[None]:
-        if skip and self.world.size > 1:
-            with self.module.no_sync():  # type: ignore[operator]
-                yield
-        else:
-            yield
+    def _gradients(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.grad is not None]
 
-    def _gradient_norm(self) -> torch.Tensor:
-        """The global gradient norm, after clipping to `clip` if there is one (the norm before is returned)."""
-        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if self.clip is not None and torch.isfinite(norm):
-            nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return norm
+    def _gradient_norm(self) -> Tensor:
+        return nn.utils.get_total_norm([value.grad for value in self._gradients() if value.grad is not None])
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out metrics and the model's own numbers (λ per layer)."""
+    def _clip(self, norm: Tensor) -> None:
+        if self.clip is not None:
+            nn.utils.clip_grads_with_norm_(self._gradients(), self.clip, norm)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
+        """Held-out metrics and the model's own numbers (λ per layer); None if it was stopped before the end."""
         rows = self.recipe.batch.micro or self.recipe.batch.sequences
-        found = evaluate(
-            self.model, self.objective, self.data, self.recipe.evaluation.sequences, rows, self.compute, self.world
-        )
-        return {**found, **self.model.diagnostics()}
+        found = evaluate(self, self.recipe.evaluation.sequences, rows, stopped)
+        return None if found is None else {**found, **self.model.diagnostics()}
 
     def documents(self) -> Sequence[Any]:
         """The documents of the current step's batch."""
@@ -172,62 +184,93 @@ class Loop:
     sinks: Sequence[Sink]
     callbacks: Sequence[Callback]
     report: Reporter
-    save: Any
+    save: Callable[[], object]
     stop: Stop
+    _last: dict[str, float] = field(default_factory=dict)
 
-    def run(self) -> None:
-        """Run to the end of the budget. Leaves with a checkpoint at the last step reached, unless an error is raised."""
-        trainer, recipe = self.trainer, self.trainer.recipe
+    def run(self) -> bool:
+        """Run on; returns True if the budget is spent and evaluated, False if a stop came first.
+
+        Either way it leaves with a checkpoint at the last step reached, unless an error is raised.
+        """
+        trainer = self.trainer
         trainer.model.train()
-        begun = time.perf_counter() - trainer.position.seconds
-        first, first_at = trainer.position.step, time.perf_counter()
-        while trainer.position.step < trainer.steps and not trainer.world.any(bool(self.stop)):
-            metrics = self._step()
-            trainer.position.seconds = time.perf_counter() - begun
-            step = trainer.position.step
-            speed = (step - first) * recipe.batch.sequences * trainer.data.length / (time.perf_counter() - first_at)
-            self._record("train", {**metrics, "tokens_per_second": speed})
-            per_step = recipe.batch.sequences * trainer.data.length
-            self.report({"step": step, "steps": trainer.steps, "loss": metrics["loss"], "tokens_per_second": speed,
-                         "tokens_per_step": per_step})
-            if _due(recipe.evaluation.every, step) and step < trainer.steps:
-                self._evaluate()
-            if _due(recipe.checkpoint.every, step) and step < trainer.steps:
+        while True:
+            if self._evaluation_is_due() and not self._evaluate():
+                break
+            if trainer.finished or self._asked():
+                break
+            self._step()
+            if _due(trainer.recipe.checkpoint.every, trainer.position.step) and not trainer.finished:
                 self.save()
-            trainer.position.seconds = time.perf_counter() - begun
-        trainer.position.peak_bytes = max(trainer.position.peak_bytes, peak_bytes(trainer.world.device))
-        if trainer.position.step >= trainer.steps:
-            self._evaluate()
         self.save()
+        return trainer.finished and trainer.position.evaluated == trainer.position.step
 
-    def _step(self) -> dict[str, float]:
-        trainer = self.trainer
+    def _asked(self) -> bool:
+        return self.trainer.world.any(bool(self.stop))
+
+    def _evaluation_is_due(self) -> bool:
+        trainer, position = self.trainer, self.trainer.position
+        due = trainer.finished or _due(trainer.recipe.evaluation.every, position.step)
+        return due and position.evaluated < position.step and position.step > 0
+
+    def _step(self) -> None:
+        trainer, position = self.trainer, self.trainer.position
+        begun = time.perf_counter()
         try:
-            return trainer.step()
+            self._last = trainer.step()
         except NonFiniteError as error:
-            step = trainer.position.step
-            context = {"seed": trainer.recipe.seed, "tokens": trainer.position.tokens, "rank": trainer.world.rank}
-            path = write_bundle(self.directory, step, str(error), trainer.model, trainer.documents(), context) if trainer.world.leads else None
-            raise NonFiniteError(
-                f"at step {step} {error}; stopped before the update. What led there is in {path or self.directory / 'crash'}; lower "
-                "optimizer.learning_rate, or look at the documents of that step."
-            ) from error
-
-    def _evaluate(self) -> None:
-        trainer = self.trainer
-        found = trainer.evaluate()
-        view = RunView(trainer.recipe, trainer.model, trainer.data, trainer.position, trainer.compute)
+            raise self._crash(str(error), "stopped before the update") from error
+        seconds = time.perf_counter() - begun
+        position.seconds += seconds
+        position.peak_bytes = max(position.peak_bytes, peak_bytes(trainer.world.device))
+        tokens = trainer.recipe.batch.sequences * trainer.data.length
+        state = {"step": position.step, "steps": trainer.steps, "loss": self._last["loss"],
+                 "tokens_per_second": tokens / seconds, "tokens_per_step": tokens}  # fmt: skip
+        self._record("train", {**self._last, "tokens_per_second": state["tokens_per_second"]})
+        self.report(state)
         for callback in self.callbacks:
-            found |= callback.on_evaluation(view)
+            callback.on_step(self._view(self._last))
+
+    def _evaluate(self) -> bool:
+        found = self.trainer.evaluate(self._asked)
+        if found is None:
+            return False
+        for callback in self.callbacks:
+            found |= callback.on_evaluation(self._view(found))
+        wrong = [f"validation {name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+        if wrong:
+            raise self._crash(", ".join(wrong), "stopped at the evaluation")
+        self.trainer.position.evaluated = self.trainer.position.step
         self._record("validation", found)
+        return True
+
+    def _view(self, metrics: Mapping[str, float]) -> RunView:
+        trainer = self.trainer
+        return RunView(trainer.recipe, trainer.model, trainer.data, trainer.position, trainer.compute, metrics)
+
+    def _crash(self, what: str, where: str) -> NonFiniteError:
+        """The error to raise, after the leading rank has written a bundle."""
+        trainer, step = self.trainer, self.trainer.position.step
+        context = {"what": what, "seed": trainer.recipe.seed, "tokens": trainer.position.tokens,
+                   "world": trainer.world.size, "last_metrics": self._last}  # fmt: skip
+        path = self.directory / "crash" / f"step-{step:08d}.json"
+        if trainer.world.leads:
+            write_bundle(path, step, trainer.model, trainer.documents(), context)
+        return NonFiniteError(
+            f"at step {step} {what}; {where}, the weights are those after step {step}. {path} holds the documents of "
+            "the batch and the norms of parameters and gradients; look at them, or train into another directory "
+            "with a lower optimizer.learning_rate."
+        )
 
     def _record(self, kind: str, metrics: Mapping[str, float]) -> None:
-        position = self.trainer.position
+        trainer, position = self.trainer, self.trainer.position
+        if not trainer.world.leads:
+            return
         axes = {"step": position.step, "tokens": position.tokens, "seconds": position.seconds,
-                "flops": position.tokens * self.trainer.counts.training_flops_per_token}
-        if self.trainer.world.leads:
-            for sink in self.sinks:
-                sink.write({"kind": kind, **axes, **metrics})
+                "flops": position.tokens * trainer.counts.training_flops_per_token}  # fmt: skip
+        for sink in self.sinks:
+            sink.write({"kind": kind, **axes, **metrics})
 
 
 def _due(every: int | None, step: int) -> bool:
@@ -236,9 +279,9 @@ def _due(every: int | None, step: int) -> bool:
 
 @contextmanager
 def dropout_stream(seed: int, step: int, rank: int, device: torch.device) -> Iterator[None]:
-    """Inside the block torch's default generator is a stream of its own for (seed, step, rank); outside it is untouched."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    """Inside, torch's default generator is a stream of its own for (seed, step, rank); outside it is untouched."""
+    everywhere = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=everywhere):
         torch.manual_seed(int(fingerprint_of(["dropout", seed, step, rank])[:15], 16))
         yield
 

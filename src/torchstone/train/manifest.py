@@ -39,6 +39,9 @@ def manifest_bytes(folder: Path, step: int, data: Mapping[str, Any]) -> bytes:
         folder: holds the safetensors files; they are read once more for their hashes.
         step: of the checkpoint.
         data: plain data of the run (tokens, seeds, fingerprints, environment).
+
+    Raises:
+        CheckpointError: the data is so large that `read_manifest` would refuse it.
     """
     files = {
         path.name: {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
@@ -52,7 +55,13 @@ def manifest_bytes(folder: Path, step: int, data: Mapping[str, Any]) -> bytes:
         "files": files,
         "data": dict(data),
     }
-    return canonical_json({**body, "self": bytes_hash(canonical_json(body))}) + b"\n"
+    content = canonical_json({**body, "self": bytes_hash(canonical_json(body))}) + b"\n"
+    if len(content) > LARGEST_MANIFEST:
+        raise CheckpointError(
+            f"the plain data of step {step} makes a manifest of {len(content)} bytes, more than {LARGEST_MANIFEST}; "
+            "keep large things as tensors."
+        )
+    return content
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

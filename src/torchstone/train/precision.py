@@ -1,19 +1,21 @@
 """Precision and compilation: `auto` measures, on the real model and batch, what is fastest for the whole run.
 
 bf16 autocast doubles the speed of wide models on processors with bf16 instructions and slows narrow ones down;
-`torch.compile` gains a third but costs half a minute. So `auto` times a few steps of each candidate and adds the compile
-time spread over the run. The choice is recorded with the run, reused on resume, and pinned for all arms of a study, so
-that arithmetic never differs between what is compared.
+`torch.compile` gains a third but costs half a minute. So `auto` times a few steps of each precision and, where the
+run is long enough for compiling to pay at all, of the best one compiled, and counts the compile time in. The choice is
+recorded with the run, reused on resume, and pinned for all arms of a study, so that arithmetic never differs between
+what is compared.
 
-Pitfall: two runs that both say `auto` may choose differently on different machines; the fingerprint of a cell holds the
-choice, not the word.
+Pitfall: two runs that both say `auto` may choose differently on different machines; the record holds the choice and
+the times that led to it.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -50,59 +52,84 @@ class Compute:
         return torch.compile(module) if self.compile else module  # type: ignore[return-value]
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen, and the seconds per step (and to compile) that led to it; empty if nothing was measured."""
+
+    compute: Compute
+    measured: dict[str, Any] = field(default_factory=dict)
+
+
 def default_device() -> torch.device:
     """The first GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def require_supported(recipe: Recipe, device: torch.device) -> None:
-    """Raise ConfigError if the recipe asks for a precision that the device does not have."""
-    if recipe.precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision: bf16 is not supported by this GPU; use fp32 or auto.")
-
-
 def choose_compute(recipe: Recipe, device: torch.device | None = None) -> Compute:
+    """The recipe's precision and compilation, measured where it says `auto`; see `measure_compute`."""
+    return measure_compute(recipe, device).compute
+
+
+def measure_compute(recipe: Recipe, device: torch.device | None = None, steps: int | None = None) -> Choice:
     """The recipe's precision and compilation, measured where it says `auto`.
 
     Args:
         recipe: complete recipe; its data is built if it is not there.
         device: where it will train; None takes the default.
+        steps: updates that are still to come; None takes all of the budget.
+
+    Raises:
+        ConfigError: bf16 is asked for and the device does not have it, or `compile: true` and nothing compiles.
     """
     device = device or default_device()
-    require_supported(recipe, device)
+    has_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported()
+    if recipe.precision == "bf16" and not has_bf16:
+        raise ConfigError("precision: bf16 is not supported by this GPU; use fp32 or auto.")
     if recipe.precision != "auto" and recipe.compile != "auto":
-        return Compute(recipe.precision, recipe.compile)
-    precisions = ["fp32", "bf16"] if recipe.precision == "auto" else [recipe.precision]
-    steps = steps_of(recipe)
-    plain = {precision: _seconds(recipe, Compute(precision, False), device)[0] for precision in precisions}
-    best = min(plain, key=plain.__getitem__)
-    if recipe.compile != "auto":
-        return Compute(best, recipe.compile)
-    if plain[best] * steps < COMPILE_WORTH_MEASURING:
-        return Compute(best, False)
-    per_step, overhead = _seconds(recipe, Compute(best, True), device)
-    return Compute(best, overhead + per_step * steps < plain[best] * steps)
-
-
-def _seconds(recipe: Recipe, compute: Compute, device: torch.device) -> tuple[float, float]:
-    """Seconds of one forward and backward pass, and of the first two (compilation)."""
-    data = recipe.data.build(None)
-    model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)
-    step = compute.wrap(TrainingModule(model, recipe.objective.build()))
+        return Choice(Compute(recipe.precision, bool(recipe.compile)))
+    precisions = [recipe.precision] if recipe.precision != "auto" else ["fp32", "bf16"][: 1 + has_bf16]
+    steps = steps_of(recipe) if steps is None else steps
     rows = min(recipe.batch.micro or recipe.batch.sequences, recipe.batch.sequences)
+    per_update = steps * recipe.batch.sequences / rows
+    measured: dict[str, Any] = {}
+    for precision in precisions:
+        measured[precision] = _seconds(recipe, Compute(precision, False), rows, device)[0]
+    best = min(precisions, key=measured.__getitem__)
+    if recipe.compile != "auto":
+        return Choice(Compute(best, bool(recipe.compile)), measured)
+    plain_total = measured[best] * per_update
+    if plain_total < COMPILE_WORTH_MEASURING:
+        return Choice(Compute(best, False), measured)
+    try:
+        compiled, overhead = _seconds(recipe, Compute(best, True), rows, device)
+    except RuntimeError as error:  # no working compiler on this machine
+        measured["compile_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
+        return Choice(Compute(best, False), measured)
+    measured |= {f"{best}_compiled": compiled, "compile_seconds": overhead}
+    return Choice(Compute(best, overhead + compiled * per_update < plain_total), measured)
+
+
+def _seconds(recipe: Recipe, compute: Compute, rows: int, device: torch.device) -> tuple[float, float]:
+    """Seconds of one forward and backward pass of a micro-batch, and what the first ones cost more (compiling)."""
+    data = recipe.data.build(None)  # type: ignore[attr-defined]
+    model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)  # type: ignore[attr-defined]
+    step = compute.wrap(TrainingModule(model, recipe.objective.build()))  # type: ignore[attr-defined]
     batch = data.batch(recipe.seed, 0, recipe.batch.sequences, 0, rows).to(device)
-    times = []
-    for _ in range(WARM_STEPS + TIMED_STEPS):
-        _synchronise(device)
-        begun = time.perf_counter()
+
+    def once() -> None:
+        model.zero_grad(set_to_none=True)
         with compute.autocast(device):
             loss_sum, _, _ = step(batch)
         loss_sum.backward()
-        _synchronise(device)
-        times.append(time.perf_counter() - begun)
-    return min(times[WARM_STEPS:]), sum(times[:WARM_STEPS])
+
+    times = [_timed(once, device) for _ in range(WARM_STEPS + TIMED_STEPS)]
+    steady = min(times[WARM_STEPS:])
+    return steady, sum(times[:WARM_STEPS]) - WARM_STEPS * steady
 
 
-def _synchronise(device: torch.device) -> None:
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    begun = time.perf_counter()
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    return time.perf_counter() - begun

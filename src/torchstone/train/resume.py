@@ -1,11 +1,11 @@
 """Whether a run may continue: what changed since it was started, and what that means.
 
-    recipe   what decides the computation so far (model, data, objective, batch, seed, …) must be equal; what only decides
-             what comes (budget, schedule, evaluation, checkpoint, sinks) may change and is recorded; the learning rate and other
-             optimizer settings may change if named in `allow`
-    data     the fingerprint must be equal, unless `allow` names `data`, which taints the run
-    machine  thread count, world size, torch build: differences are printed and recorded; the run continues order-exact,
-             not bitwise
+recipe   what decides the computation so far (model, data, objective, batch, seed, …) must be equal; what only decides
+         what comes (budget, schedule, evaluation, checkpoint, sinks) may change and is recorded; the learning rate and other
+         optimizer settings may change if named in `allow`
+data     the fingerprint must be equal, unless `allow` names `data`, which taints the run
+machine  thread count, world size, torch build: differences are printed and recorded; the run continues order-exact,
+         not bitwise
 """
 
 from __future__ import annotations
@@ -54,7 +54,11 @@ def training_environment(world: World) -> dict[str, Any]:
 
 
 def check_changes(
-    before: Recipe, after: Recipe, data: tuple[str, str], environment: tuple[Mapping[str, Any], Mapping[str, Any]], allow: Sequence[str]
+    before: Recipe,
+    after: Recipe,
+    data: tuple[str, str],
+    environment: tuple[Mapping[str, Any], Mapping[str, Any]],
+    allow: Sequence[str],
 ) -> Changes:
     """Compare the run as started with the run as asked for.
 
@@ -68,9 +72,15 @@ def check_changes(
         ConfigError: a change that would make it another run. DataError: the data changed.
     """
     if unknown := set(allow) - set(NAMED):
-        raise ConfigError(f"cannot allow changes of {', '.join(sorted(unknown))}; allowed: {', '.join(NAMED)}.")
+        raise ConfigError(
+            f"cannot allow changes of {', '.join(sorted(unknown))}; allowed: {', '.join(NAMED)}."
+        )
     found = differences(before, after)
-    refused = [change for change in found if _section(change) not in (*FREE, *allow) or change.path == "optimizer.kind"]
+    refused = [
+        change
+        for change in found
+        if _section(change) not in (*FREE, *allow) or change.path == "optimizer.kind"
+    ]
     if refused:
         raise ConfigError(
             f"the run was started with another recipe: {'; '.join(map(_words, refused))}. Train into another directory, or restore these "

@@ -13,6 +13,7 @@ The same call continues an interrupted run and returns at once from a finished o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,16 +21,17 @@ from typing import Any
 
 import torch
 
-from torchstone.errors import CheckpointError, ConfigError, InterruptedRun
+from torchstone.errors import CheckpointError, ConfigError, DataError, InterruptedRun
 from torchstone.recipe.fingerprint import fingerprint
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.recipe.yaml import dump_yaml
 from torchstone.storage.atomic import atomic_write
+from torchstone.storage.names import safe_text
 from torchstone.train.budget import counts_of, steps_of
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World, world
-from torchstone.train.events import make_sinks, read_history
+from torchstone.train.events import AXES, make_sinks, read_history
 from torchstone.train.loop import Callback, Loop, Position, Trainer
 from torchstone.train.precision import Compute, choose_compute
 from torchstone.train.progress import Reporter, TrainingProgress
@@ -49,6 +51,7 @@ class RunSummary:
         final: metrics at the end: `train_loss` (mean of the last tenth of the steps), `validation_loss`, `accuracy`, ….
         history: `train` and `validation` curves against steps, tokens, flops and seconds.
         directory: the run directory.
+        checkpoint: folder of the last checkpoint.
         taints: what makes the run less than clean (changed data).
     """
 
@@ -61,6 +64,7 @@ class RunSummary:
     final: Mapping[str, float]
     history: Mapping[str, Mapping[str, Sequence[Any]]]
     directory: Path
+    checkpoint: Path
     taints: tuple[str, ...] = ()
 
 
@@ -114,7 +118,13 @@ class _Run:
         self.record: dict[str, Any] = {}
 
     def train(
-        self, resume: bool, fallback: bool, allow: Sequence[str], callbacks: Sequence[Callback], progress: Reporter | None, compute: Compute | None
+        self,
+        resume: bool,
+        fallback: bool,
+        allow: Sequence[str],
+        callbacks: Sequence[Callback],
+        progress: Reporter | None,
+        compute: Compute | None,
     ) -> RunSummary:
         """Open, restore, loop, summarise."""
         steps, counts = steps_of(self.recipe), counts_of(self.recipe)
@@ -122,16 +132,19 @@ class _Run:
         self.directory.mkdir(parents=True, exist_ok=True)
         changes = self._open(data.fingerprint, resume, allow, compute)
         chosen = Compute(**self.record["compute"])
-        model = self.recipe.model.build(data.vocab_size, data.length, self.recipe.seed).to(self.world.device)  # type: ignore[attr-defined]
+        model = self.recipe.model.build(data.vocab_size, data.length, self.recipe.seed).to(self.world.device)
         trainer = Trainer(self.recipe, model, data, chosen, self.world, steps, counts)
         shown = TrainingProgress(self.directory.name) if progress is None and self.world.leads else None
         self._restore(trainer, fallback, say=_to_stderr)
         for line in changes.lines():
             _to_stderr(f"note: {line}")
-        trainer.position.taints += [taint for taint in changes.taints if taint not in trainer.position.taints]
+        taints = [taint for resumed in self.record["resumes"] for taint in resumed["taints"]]
+        trainer.position.taints = list(dict.fromkeys(trainer.position.taints + taints))
         if self.world.leads:
             self.store.check_space(counts.parameters * 4 * OPTIMIZER_COPIES)
-        sinks = make_sinks(self.recipe.sinks, self.directory, self.recipe.data_dict()) if self.world.leads else []
+        sinks = (
+            make_sinks(self.recipe.sinks, self.directory, self.recipe.data_dict()) if self.world.leads else []
+        )
         report: Reporter = progress or shown or (lambda state: None)
         loop = Loop(trainer, self.directory, sinks, callbacks, report, lambda: self._save(trainer), self.stop)
         try:
@@ -152,7 +165,7 @@ class _Run:
         """The data source; the leading rank builds shards, the others open them."""
         if not self.world.leads:
             self.world.barrier()
-        source = self.recipe.data.build(None)  # type: ignore[attr-defined]
+        source = self.recipe.data.build(None)
         if self.world.leads:
             self.world.barrier()
         return source
@@ -161,26 +174,35 @@ class _Run:
         """Start the run's record, or check that this call may continue it."""
         path = self.directory / "run.json"
         environment = training_environment(self.world)
-        if not path.exists():
+        fresh = not path.exists()
+        self.world.barrier()  # every rank has looked before the leading one writes
+        if fresh:
             if self.world.leads:
                 chosen = compute or choose_compute(self.recipe, self.world.device)
-                self.record = {"fingerprint": fingerprint(self.recipe, data=data), "data": data, "environment": environment,
-                               "compute": chosen.data(), "resumes": []}
+                self.record = {
+                    "fingerprint": fingerprint(self.recipe, data=data),
+                    "data": data,
+                    "environment": environment,
+                    "compute": chosen.data(),
+                    "resumes": [],
+                }
                 atomic_write(self.directory / "recipe.yaml", dump_yaml(self.recipe))
                 atomic_write(path, json.dumps(self.record, indent=1) + "\n")
             self.world.barrier()
             self.record = json.loads(path.read_text())
             return Changes()
         if not resume:
-            raise ConfigError(f"{self.directory} holds a run already; resume it, or choose another directory.")
+            raise ConfigError(
+                f"{self.directory} holds a run already; resume it, or choose another directory."
+            )
         self.record = _read_record(path)
         before = load_recipe(self.directory / "recipe.yaml")
         changes = check_changes(
             before, self.recipe, (self.record["data"], data), (self.record["environment"], environment), allow
         )
         self.world.barrier()
+        self.record["resumes"].append(asdict(changes))
         if self.world.leads:
-            self.record["resumes"].append({"recipe": changes.recipe, "environment": changes.environment, "taints": changes.taints})
             atomic_write(self.directory / "recipe.yaml", dump_yaml(self.recipe))
             atomic_write(path, json.dumps({**self.record, "data": data}, indent=1) + "\n")
         return changes
@@ -190,7 +212,14 @@ class _Run:
             return
         snapshot = self.store.load(fallback=fallback, say=say)
         restore_model(trainer.model, snapshot.tensors["model"])
-        restore_optimizer(trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"])
+        settings = [{**group} for group in trainer.optimizer.param_groups]
+        restore_optimizer(
+            trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"]
+        )
+        for group, asked in zip(trainer.optimizer.param_groups, settings, strict=True):
+            group.update(
+                {name: asked[name] for name in trainer.optimizer.defaults}
+            )  # they may have been changed
         trainer.position = Position(**snapshot.data["position"])
 
     def _save(self, trainer: Trainer) -> None:
@@ -198,15 +227,27 @@ class _Run:
         if self.world.leads:
             tensors, plain = optimizer_tensors(trainer.optimizer)
             groups = {"model": dict(trainer.model.state_dict()), "optimizer": tensors}
-            data = {"position": asdict(trainer.position), "optimizer": plain, "fingerprint": self.record["fingerprint"],
-                    "data": self.record["data"], "environment": training_environment(self.world)}
+            data = {
+                "position": asdict(trainer.position),
+                "optimizer": plain,
+                "fingerprint": self.record["fingerprint"],
+                "data": self.record["data"],
+                "environment": training_environment(self.world),
+            }
             self.store.save(Snapshot(trainer.position.step, groups, data))
         self.world.barrier()
 
     def _summarise(self, trainer: Trainer) -> RunSummary:
         position, flops = trainer.position, trainer.position.tokens * trainer.counts.training_flops_per_token
-        data = {"steps": position.step, "tokens": position.tokens, "flops": flops, "seconds": position.seconds,
-                "parameters": trainer.counts.parameters, "peak_bytes": position.peak_bytes, "taints": position.taints}
+        data = {
+            "steps": position.step,
+            "tokens": position.tokens,
+            "flops": flops,
+            "seconds": position.seconds,
+            "parameters": trainer.counts.parameters,
+            "peak_bytes": position.peak_bytes,
+            "taints": position.taints,
+        }
         if self.world.leads:
             atomic_write(self.directory / "summary.json", json.dumps(data, indent=1) + "\n")
         self.world.barrier()
@@ -218,7 +259,9 @@ def _read_record(path: Path) -> dict[str, Any]:
         record = json.loads(path.read_text())
         record["data"], record["environment"], record["compute"], record["resumes"]
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); restore it or train into another directory.") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); restore it or train into another directory."
+        ) from error
     return record
 
 
@@ -232,13 +275,21 @@ def _finished(recipe: Recipe, directory: Path) -> RunSummary | None:
 
 
 def _summary(directory: Path, data: Mapping[str, Any]) -> RunSummary:
-    history, _ = read_history(directory)
-    validation = history["validation"]
-    final = {name: values[-1] for name, values in validation.items() if name not in ("steps", "tokens", "flops", "seconds", "loss") and values}
-    losses = history["train"]["loss"]
+    history, warnings = read_history(directory)
+    for warning in warnings:
+        _to_stderr(f"warning: {warning}")
+    validation, losses = history["validation"], history["train"]["loss"]
+    if not losses or not validation["loss"]:
+        raise DataError(
+            f"{directory / 'metrics.jsonl'} holds no complete training and validation record any more; delete "
+            f"{directory / 'summary.json'} and run the same command to evaluate again, or restore the file."
+        )
+    final = {name: values[-1] for name, values in validation.items() if name not in (*AXES, "loss")}
     tail = losses[-max(1, len(losses) // 10) :]
     final |= {"validation_loss": validation["loss"][-1], "train_loss": sum(tail) / len(tail)}
-    return RunSummary(**{**data, "taints": tuple(data["taints"])}, final=final, history=history, directory=directory)
+    checkpoint = CheckpointStore(directory / "checkpoints").path(data["steps"])
+    known = {**data, "taints": tuple(data["taints"]), "directory": directory, "checkpoint": checkpoint}
+    return RunSummary(**known, final=final, history=history)
 
 
 def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, Any, Any]:
@@ -253,18 +304,16 @@ def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, An
     """
     directory = Path(directory)
     if not (directory / "recipe.yaml").is_file():
-        raise ConfigError(f"{directory} holds no run (no recipe.yaml); give the directory that `torchstone train` wrote.")
+        raise ConfigError(
+            f"{directory} holds no run (no recipe.yaml); give the directory that `torchstone train` wrote."
+        )
     recipe = load_recipe(directory / "recipe.yaml")
-    data = recipe.data.build(None)  # type: ignore[attr-defined]
-    model = recipe.model.build(data.vocab_size, data.length, recipe.seed)  # type: ignore[attr-defined]
+    data = recipe.data.build(None)
+    model = recipe.model.build(data.vocab_size, data.length, recipe.seed)
     snapshot = CheckpointStore(directory / "checkpoints").load(step)
     restore_model(model, snapshot.tensors["model"])
     return recipe, model.eval(), data
 
 
 def _to_stderr(text: str) -> None:
-    import sys
-
-    from torchstone.storage.names import safe_text
-
     print(safe_text(text), file=sys.stderr, flush=True)

@@ -40,8 +40,12 @@ def slow_answers(tokens: list[int], keys: int) -> torch.Tensor:
 
 
 @given(
-    keys=st.integers(1, 9), values=st.integers(1, 9), cells=st.integers(2, 20),
-    filler=st.sampled_from([0.0, 0.25, 0.9]), fillers=st.integers(1, 4), seed=st.integers(0, 9),
+    keys=st.integers(1, 9),
+    values=st.integers(1, 9),
+    cells=st.integers(2, 20),
+    filler=st.sampled_from([0.0, 0.25, 0.9]),
+    fillers=st.integers(1, 4),
+    seed=st.integers(0, 9),
 )
 def test_rows_follow_the_rules(
     keys: int, values: int, cells: int, filler: float, fillers: int, seed: int

@@ -32,14 +32,22 @@ class _Worker:
         self.log = log
         self.job: Job | None = None
         self._buffer = b""
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "TORCHSTONE_WORKER": str(index)}
+        environment = {
+            **os.environ,
+            **dict.fromkeys(THREAD_VARIABLES, str(threads)),
+            "TORCHSTONE_WORKER": str(index),
+        }
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
         read, write = os.pipe()
         with log.open("ab") as sink:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "torchstone.lab.worker", str(write)],
-                stdin=subprocess.PIPE, stdout=sink, stderr=sink, pass_fds=(write,), env=environment,
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=sink,
+                pass_fds=(write,),
+                env=environment,
                 start_new_session=True,
             )
         os.close(write)
@@ -97,7 +105,9 @@ class LocalExecutor:
         for index, worker in enumerate(self._workers):
             if worker is None:
                 device = self._devices[index % len(self._devices)] if self._devices else None
-                worker = _Worker(index, self._threads, self._logs / f"worker-{os.getpid()}-{index}.log", device)
+                worker = _Worker(
+                    index, self._threads, self._logs / f"worker-{os.getpid()}-{index}.log", device
+                )
                 self._workers[index] = worker
             if worker.job is None:
                 worker.send(job)
@@ -120,7 +130,9 @@ class LocalExecutor:
         events = []
         for message in messages:
             assert worker.job is not None
-            events.append(Event(worker.job.key, message["kind"], message.get("value", {}), message.get("error", "")))
+            events.append(
+                Event(worker.job.key, message["kind"], message.get("value", {}), message.get("error", ""))
+            )
             if message["kind"] != "progress":
                 worker.job = None
         if closed:

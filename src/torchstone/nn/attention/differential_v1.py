@@ -70,7 +70,7 @@ class DifferentialV1(AttentionMixer):
         window: int | None = None,
     ) -> None:
         check_groups("differential v1", heads)
-        super().__init__(2 * heads.query, (2 * heads.kv, heads.dim), (heads.kv, 2 * heads.dim), window)
+        super().__init__(2 * heads.query, heads.query, (2 * heads.kv, heads.dim), (heads.kv, 2 * heads.dim), window)
         self.head_dim, self.kv_pairing, self.lambda_init = heads.dim, kv_pairing, lambda_init
         self.w_q = nn.Linear(width, 2 * heads.query * heads.dim, bias=False)
         self.w_k = nn.Linear(width, 2 * heads.kv * heads.dim, bias=False)
@@ -85,20 +85,18 @@ class DifferentialV1(AttentionMixer):
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
-        q_bte, k_bte, v_bte = project(x_btd, self.w_q, self.w_k, self.w_v)
+        arrange = self.position.arrange
+        weights = arrange(self.w_q.weight), arrange(self.w_k.weight), self.w_v.weight
+        q_bte, k_bte, v_bte = project(x_btd, *weights)
         q_btud, k_btud = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte))
         v_btge = v_bte.unflatten(-1, (-1, 2 * self.head_dim))
         offset = 0 if state is None else state.length
         q_btud, k_btud = self.position.rotate(q_btud, k_btud, span, offset)
         if self.kv_pairing == "flash":
             q_btud, k_btud = _first_maps_first(q_btud), _first_maps_first(k_btud)
-        outputs_bute = self._attend(q_btud, k_btud, v_btge, span, state)
-        fine = torch.promote_types(outputs_bute.dtype, torch.float32)
-        heads_bhte = self._normalise(self._subtract(outputs_bute.to(fine)))
-        heads_bthe = heads_bhte.transpose(1, 2).to(outputs_bute.dtype)
+        heads_bthe = self._attend(q_btud, k_btud, v_btge, span, state, self._subtract, self._spread_values)
+        heads_bthe = self._normalise(heads_bthe)
         if self.observation is not None:
-            assert self.observation.maps is not None
-            self.observation.weights = self._subtract(self.observation.maps)
             self.observation.heads = heads_bthe
         return self.w_o(heads_bthe.flatten(2)), state
 
@@ -123,24 +121,25 @@ class DifferentialV1(AttentionMixer):
         """Weights that write into the residual stream."""
         return ("w_o.weight",)
 
-    def _values(self, v_bgse: Tensor) -> Tensor:
-        """Each value head serves the two key sub-heads of its KV head, in the order of the keys."""
+    def _spread_values(self, v_bgse: Tensor) -> Tensor:
+        """Each value head for the two key sub-heads of its KV head, in the order of the keys."""
         if self.kv_pairing == "flash":
             return torch.cat([v_bgse, v_bgse], dim=1)
         return v_bgse.repeat_interleave(2, dim=1)
 
-    def _subtract(self, subs_but: Tensor) -> Tensor:
-        """First minus λ times second of every pair, [b, 2h, …] → [b, h, …]; for outputs and for maps."""
+    def _subtract(self, subs_but: Tensor, rows: slice) -> Tensor:
+        """First minus λ times second of every pair, [b, 2h, …] → [b, h, …], for maps and for outputs, in fp32."""
         if self.kv_pairing == "flash":
             first, second = subs_but.chunk(2, dim=1)
         else:
             first, second = subs_but[:, 0::2], subs_but[:, 1::2]
-        return first - self.lambda_value() * second
+        fine = torch.promote_types(subs_but.dtype, torch.float32)
+        return first.to(fine) - self.lambda_value() * second.to(fine)
 
-    def _normalise(self, heads_bhte: Tensor) -> Tensor:
+    def _normalise(self, heads_bthe: Tensor) -> Tensor:
         """RMSNorm over the channels of each head, in fp32, and the constant 1 − λ_init."""
-        normed_bhte = heads_bhte if self.norm is None else self.norm(heads_bhte)
-        return (1.0 - self.lambda_init) * normed_bhte
+        normed_bthe = heads_bthe if self.norm is None else self.norm(heads_bthe)
+        return (1.0 - self.lambda_init) * normed_bthe
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow the module; a conversion to half precision does not reach λ's vectors."""

@@ -42,7 +42,7 @@ class DifferentialV2(AttentionMixer):
 
     def __init__(self, width: int, heads: Heads, position: Position, window: int | None = None) -> None:
         kv_shape = (heads.kv, heads.dim)
-        super().__init__(2 * heads.query, kv_shape, kv_shape, window)
+        super().__init__(2 * heads.query, heads.query, kv_shape, kv_shape, window)
         if heads.query % heads.kv:
             raise ConfigError(
                 f"differential v2 with {heads.query} heads and {heads.kv} kv_heads has {2 * heads.query} query heads, "
@@ -60,17 +60,22 @@ class DifferentialV2(AttentionMixer):
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
-        q_bte, k_bte, v_bte, gate_bth = project(x_btd, self.w_q, self.w_k, self.w_v, self.w_lambda)
+        arrange = self.position.arrange
+        weights = arrange(self.w_q.weight), arrange(self.w_k.weight), self.w_v.weight, self.w_lambda.weight
+        q_bte, k_bte, v_bte, gate_bth = project(x_btd, *weights)
         q_btud, k_btgd, v_btgd = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte, v_bte))
         offset = 0 if state is None else state.length
         q_btud, k_btgd = self.position.rotate(q_btud, k_btgd, span, offset)
         lambda_bth = gate_bth.float().sigmoid()
         self.mean_lambda = lambda_bth.detach().mean()
-        outputs_butd = self._attend(q_btud, k_btgd, v_btgd, span, state)
-        heads_bthd = self._subtract(outputs_butd, lambda_bth).transpose(1, 2)
+        lambda_bht1 = lambda_bth.transpose(1, 2).unsqueeze(-1)
+
+        def subtract(subs_but: Tensor, rows: slice) -> Tensor:
+            first, second = subs_but.unflatten(1, (-1, 2)).unbind(2)
+            return first - lambda_bht1[:, :, rows].to(first.dtype) * second
+
+        heads_bthd = self._attend(q_btud, k_btgd, v_btgd, span, state, combine=subtract)
         if self.observation is not None:
-            assert self.observation.maps is not None
-            self.observation.weights = self._subtract(self.observation.maps, lambda_bth)
             self.observation.heads = heads_bthd
         return self.w_o(heads_bthd.flatten(2)), state
 
@@ -81,9 +86,3 @@ class DifferentialV2(AttentionMixer):
     def residual_parameters(self) -> tuple[str, ...]:
         """Weights that write into the residual stream."""
         return ("w_o.weight",)
-
-    @staticmethod
-    def _subtract(subs_but: Tensor, lambda_bth: Tensor) -> Tensor:
-        """First minus λ times second of neighbouring heads, [b, 2h, t, …] → [b, h, t, …]."""
-        first, second = subs_but.unflatten(1, (-1, 2)).unbind(2)
-        return torch.addcmul(first, lambda_bth.transpose(1, 2).unsqueeze(-1).to(first.dtype), second, value=-1)

@@ -31,7 +31,7 @@ class Mask:
         allowed_b1ts: bool, or None where everything (or everything causal) is visible. Rows that see nothing are
             True throughout, so that no kernel meets them; their result is then set to 0.
         empty_b1t1: bool, True for rows that see nothing; None where that cannot happen.
-        causal: plain causal over equally many queries and keys, without `allowed_b1ts`.
+        causal: queries and keys are the same tokens, in order, and none sees a later one.
     """
 
     allowed_b1ts: Tensor | None
@@ -52,6 +52,13 @@ class Mask:
         """Zeros for the rows that see nothing."""
         return out_bhtd if self.empty_b1t1 is None else out_bhtd.masked_fill(self.empty_b1t1, 0.0)
 
+    def rows(self, rows: slice) -> Mask:
+        """The mask of some of the queries against the keys up to the last of them (all keys if not causal)."""
+        seen = slice(0, rows.stop) if self.causal else slice(None)
+        allowed = None if self.allowed_b1ts is None else self.allowed_b1ts[:, :, rows, seen]
+        empty = None if self.empty_b1t1 is None else self.empty_b1t1[:, :, rows]
+        return Mask(allowed, empty, self.causal)
+
 
 OPEN = Mask(None, None, causal=False)
 CAUSAL = Mask(None, None, causal=True)
@@ -67,7 +74,9 @@ def parallel_mask(span: Span, length: int, window: int | None, device: torch.dev
         index = torch.arange(length, device=device)
         pattern = _causal(index, index) if span.allowed_bts is None else _given(span.allowed_bts, length)
         can_be_empty = span.allowed_bts is not None or span.valid_bt is not None
-        return _combine(pattern, index, index, window, segments_bt, segments_bt, can_be_empty)
+        mask = _combine(pattern, index, index, window, segments_bt, segments_bt, can_be_empty)
+        mask.causal = span.allowed_bts is None
+        return mask
 
     return span.once(("mask", length, window, device), make)
 

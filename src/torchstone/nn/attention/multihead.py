@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from torchstone.nn.attention.heads import Heads, check_groups, resolve_heads
 from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.context import BuildContext
+from torchstone.nn.norm.rmsnorm import RMSNorm, rms_norm
 from torchstone.nn.position.base import Position
 from torchstone.nn.project import project
-from torchstone.nn.context import BuildContext
-from torchstone.nn.norm.rmsnorm import RMSNorm
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
 from torchstone.recipe.part import Part, part_field
@@ -42,7 +42,7 @@ class MultiHeadAttention(AttentionMixer):
     ) -> None:
         check_groups("attention", heads)
         kv_shape = (heads.kv, heads.dim)
-        super().__init__(heads.query, kv_shape, kv_shape, window, dropout)
+        super().__init__(heads.query, heads.query, kv_shape, kv_shape, window, dropout)
         self.w_q = nn.Linear(width, heads.query * heads.dim, bias=False)
         self.w_k = nn.Linear(width, heads.kv * heads.dim, bias=False)
         self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
@@ -55,14 +55,15 @@ class MultiHeadAttention(AttentionMixer):
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
-        q_bthd, k_btgd, v_btgd = (
-            y.unflatten(-1, (-1, self.head_dim)) for y in project(x_btd, self.w_q, self.w_k, self.w_v)
-        )
+        arrange = self.position.arrange
+        weights = arrange(self.w_q.weight), arrange(self.w_k.weight), self.w_v.weight
+        q_bthd, k_btgd, v_btgd = (y.unflatten(-1, (-1, self.head_dim)) for y in project(x_btd, *weights))
         if self.q_norm is not None and self.k_norm is not None:
-            q_bthd, k_btgd = self.q_norm(q_bthd), self.k_norm(k_btgd)
+            q_bthd = rms_norm(q_bthd, arrange(self.q_norm.gain), self.q_norm.eps)
+            k_btgd = rms_norm(k_btgd, arrange(self.k_norm.gain), self.k_norm.eps)
         offset = 0 if state is None else state.length
         q_bthd, k_btgd = self.position.rotate(q_bthd, k_btgd, span, offset)
-        heads_bthd = self._attend(q_bthd, k_btgd, v_btgd, span, state).transpose(1, 2)
+        heads_bthd = self._attend(q_bthd, k_btgd, v_btgd, span, state)
         if self.output_norm is not None:
             heads_bthd = self.output_norm(heads_bthd)
         if self.observation is not None:

@@ -27,12 +27,14 @@ class Observation:
     """What one mixer computed in its last forward pass. Letters as in `nn.attention.core`.
 
     Attributes:
-        q, k, v: [b, h, t, d], [b, h, s, d], [b, h, s, e] after normalisation and rotation, key heads repeated.
-        scores: [b, h, t, s] in fp32, scaled, before the mask.
-        maps: [b, h, t, s] in fp32, each a softmax.
-        weights: [b, heads, t, s], what multiplies the values of each head: `maps` for plain attention; the signed
-            difference of two maps for differential attention.
-        heads: [b, t, heads, e], per-head outputs as they enter the output projection.
+        q, k: [b, u, t, d] and [b, u, s, d] after normalisation and rotation, key heads repeated. Channels are in the
+            order of `Position.arrange`: under rotation, first members of all pairs, then second members.
+        v: [b, h, s, e], value heads repeated.
+        scores: [b, u, t, s] in fp32, scaled, before the mask.
+        maps: [b, u, t, s] in fp32, each a softmax.
+        weights: [b, h, t, s], what multiplies the values of each head: `maps` for plain attention, where u = h; the
+            signed difference of two maps for differential attention, where u = 2h.
+        heads: [b, t, h, e], per-head outputs as they enter the output projection.
     """
 
     q: Tensor | None = None

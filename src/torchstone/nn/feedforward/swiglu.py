@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from torchstone.nn.project import project
 from torchstone.nn.context import BuildContext
+from torchstone.nn.project import project
 from torchstone.recipe.part import Part
 
 
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_btd: Tensor) -> Tensor:
         """[b, t, width] → [b, t, width]."""
-        gate_btf, up_btf = project(x_btd, self.w_gate, self.w_up)
+        gate_btf, up_btf = project(x_btd, self.w_gate.weight, self.w_up.weight)
         return self.w_down(F.silu(gate_btf) * up_btf)
 
     def flops(self) -> float:

@@ -20,6 +20,12 @@ from torchstone.nn.context import BuildContext
 from torchstone.recipe.part import Part
 
 
+def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
+    """x with unit root mean square over its last dimension, times `gain` of that size; in the type of x."""
+    fine = torch.promote_types(x.dtype, torch.float32)
+    return F.rms_norm(x.to(fine), gain.shape, gain.to(fine), eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """Normalises the last dimension, of size `channels`."""
 
@@ -30,8 +36,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x with unit root mean square over its last dimension, times the gain."""
-        fine = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(fine), self.gain.shape, self.gain.to(fine), self.eps).to(x.dtype)
+        return rms_norm(x, self.gain, self.eps)
 
     def own_initialisation(self) -> dict[str, Callable[[Tensor, torch.Generator], object]]:
         """The gain starts at one."""

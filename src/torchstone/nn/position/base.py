@@ -13,6 +13,14 @@ class Position(nn.Module):
     Shapes: b batch · t tokens · h query heads · g key heads · d head channels.
     """
 
+    def arrange(self, weight: Tensor) -> Tensor:
+        """A query or key weight [heads·d, …], or a gain [d], with channels in the order that `rotate` works in.
+
+        Reordering the channels of queries and keys alike leaves their products unchanged; reordering the weights
+        is cheap, reordering activations is not.
+        """
+        raise NotImplementedError
+
     def rotate(self, q_bthd: Tensor, k_btgd: Tensor, span: Span, offset: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys that carry their positions: the span's, or offset, offset+1, … where it has none."""
+        """Arranged queries and keys that carry their positions: the span's, or offset, offset+1, … where it has none."""
         raise NotImplementedError

@@ -14,6 +14,10 @@ from torchstone.recipe.part import Part
 class NoPosition(Position):
     """Leaves queries and keys as they are."""
 
+    def arrange(self, weight: Tensor) -> Tensor:
+        """The weight, unchanged."""
+        return weight
+
     def rotate(self, q_bthd: Tensor, k_btgd: Tensor, span: Span, offset: int) -> tuple[Tensor, Tensor]:
         """Queries and keys, unchanged."""
         return q_bthd, k_btgd

@@ -10,7 +10,9 @@ Shapes: b batch · t tokens · h heads · d head channels (even) · c = d/2 pair
 `layout` says which channels make a pair, and is a convention of the weights:
   interleaved  channels 2i and 2i+1 (the paper, GPT-J, differential transformer)
   half         channels i and i+d/2 (GPT-NeoX, Hugging Face Llama)
-Weights of one layout give wrong results in the other; the two agree up to a permutation of channels.
+Weights of one layout give wrong results in the other. The two agree up to a permutation of channels, and the products
+of queries and keys do not see a permutation that both share: `arrange` therefore puts the rows of interleaved query and
+key weights in half order, and `rotate` always turns halves, which contiguous vector instructions do well.
 
 Angles are computed in fp64 and the tables are fp32, whatever the model's precision: in bf16 neighbouring positions
 beyond 256 would share an angle. The tables are made once per forward pass and shared by all layers, so there is no
@@ -46,9 +48,15 @@ class Rotary(Position):
         self.head_dim, self.base, self.layout = head_dim, base, layout
 
     def rotate(self, q_bthd: Tensor, k_btgd: Tensor, span: Span, offset: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys at the span's positions, or at offset, offset+1, … where it has none."""
+        """Arranged queries and keys at the span's positions, or at offset, offset+1, … where it has none."""
         cos_t1c, sin_t1c = self.tables(span, q_bthd.shape[1], offset, q_bthd.device)
-        return turn(q_bthd, cos_t1c, sin_t1c, self.layout), turn(k_btgd, cos_t1c, sin_t1c, self.layout)
+        return turn(q_bthd, cos_t1c, sin_t1c, "half"), turn(k_btgd, cos_t1c, sin_t1c, "half")
+
+    def arrange(self, weight: Tensor) -> Tensor:
+        """Rows [heads·d, …] of interleaved weights in half order; half weights as they are."""
+        if self.layout == "half":
+            return weight
+        return weight.unflatten(0, (-1, self.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
 
     def tables(self, span: Span, length: int, offset: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """cos and sin of every angle, fp32 [t, 1, c], or [b, t, 1, c] for given positions."""

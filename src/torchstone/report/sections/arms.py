@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from torchstone.lab.result import ArmRecord, Match, Result
 from torchstone.report import numbers
 from torchstone.report.charts import arm_colors
 from torchstone.report.markup import Child, Markup, element
+from torchstone.report.result import ArmRecord, Match, Result
 from torchstone.report.sections.pieces import arm_name, facts, section
 
 QUANTITIES = {"params": "parameters", "flops": "FLOPs per token"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchstone.lab.result import Result
 from torchstone.report import numbers, words
 from torchstone.report.markup import Markup, element
+from torchstone.report.result import Result
 from torchstone.report.sections.pieces import badge, details, facts, grid, section
 from torchstone.report.tables import Grid
 

@@ -3,10 +3,10 @@ cell."""
 
 from __future__ import annotations
 
-from torchstone.lab.result import Result
 from torchstone.report import tables
 from torchstone.report.charts import MANY_CELLS, arm_colors
 from torchstone.report.markup import Markup, element
+from torchstone.report.result import Result
 from torchstone.report.sections.pieces import details, grid, section
 from torchstone.report.tables import Grid
 

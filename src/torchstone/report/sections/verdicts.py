@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import defaultdict
 
-from torchstone.lab.result import Result, Verdict
 from torchstone.report import forest, numbers, tables, words
 from torchstone.report.charts import arm_colors
 from torchstone.report.markup import Child, Markup, element
+from torchstone.report.result import Result, Verdict
 from torchstone.report.sections.pieces import arm_name, badge, details, facts, grid, section
 
 

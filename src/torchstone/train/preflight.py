@@ -1,0 +1,68 @@
+"""What is checked before the first step, so that a run does not fail for it hours later.
+
+    memory       the estimate of a step's memory against what the device has (an estimate: only a clear excess is refused)
+    disk         room for the checkpoints that are kept and one more (`CheckpointStore.check_space`)
+    sinks        dashboards that are asked for are installed
+"""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from torchstone.errors import ConfigError, DependencyError
+from torchstone.models.counts import OPTIMIZER_VALUES, Counts, memory_estimate
+from torchstone.objectives.next_token import LEAST_TOKENS
+from torchstone.recipe.schema import Recipe
+from torchstone.train.checkpoint import CheckpointStore
+from torchstone.train.distributed import World
+
+PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
+CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
+
+
+def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointStore) -> None:
+    """Raise a typed error if the run cannot go well on this machine.
+
+    Raises:
+        ConfigError: it needs clearly more memory than there is, or ranks cannot share the batch.
+        CheckpointError: the disk has no room for its checkpoints. DependencyError: a sink is not installed.
+    """
+    for sink in recipe.sinks:
+        if find_spec(PACKAGES[sink]) is None:
+            raise DependencyError(f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks.")
+    start, stop = world.rows(recipe.batch.sequences)
+    check_memory(recipe, counts, min(recipe.batch.micro or stop - start, stop - start), device_memory(world.device))
+    if world.leads:
+        values = 1 + OPTIMIZER_VALUES.get(recipe.optimizer.kind, 2)
+        store.check_space(4 * values * counts.parameters)
+
+
+def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int) -> None:
+    """Raise ConfigError if a step of `rows` sequences needs more than `available` bytes by the estimate."""
+    if recipe.optimizer.kind not in OPTIMIZER_VALUES:
+        return  # of another package; its memory is not known
+    precision = "fp32" if recipe.precision == "fp32" else "bf16"
+    chunk = getattr(recipe.objective, "chunk", None) or LEAST_TOKENS
+    needed = memory_estimate(counts, rows, precision, recipe.optimizer.kind, chunk)
+    if needed.total > available:
+        raise ConfigError(
+            f"a training step of {rows} sequences needs about {needed.total / 1e9:.3g} GB (activations "
+            f"{needed.activations / 1e9:.3g}, weights, gradients and moments "
+            f"{(needed.parameters + needed.gradients + needed.optimizer) / 1e9:.3g}), and there are "
+            f"{available / 1e9:.3g} GB; set batch.micro lower, or make the model smaller."
+        )
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes of memory of the GPU, or of this machine (of its control group, where that is less)."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        return min(total, int(CONTROL_GROUP.read_text()))
+    except (OSError, ValueError):
+        return total
