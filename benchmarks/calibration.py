@@ -21,6 +21,7 @@ from torchstone.stats.contrasts import paired_items
 from torchstone.stats.decision import decide
 from torchstone.stats.estimate import Estimate, t_estimate
 from torchstone.stats.power import minimum_detectable_effect
+from torchstone.stats.resampled import resampled_estimate
 from torchstone.stats.sequential import SequentialDesign, declared_looks, simulate_statistics
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]
@@ -152,25 +153,32 @@ def items_table(trials: int) -> None:
 
 
 def half_splits_table(trials: int) -> None:
-    """The design of the allocation study: 24 half splits of one set of problems, problems as clusters."""
+    """The design of the allocation study: 24 half splits of one set of problems, by either interval."""
     print("\nHalf splits of 148 problems, 10 configurations, 24 splits; mixed - pure, 16 samples")
-    print("| population | runs fitted on | true gain | covers % | holds % | fails % | no interval % |")
-    for kind, runs in (("identical", 16), ("dominated", 300), ("complementary", 300)):
-        found = []
+    print("| population | runs fitted on | true gain | interval | covers % | above the truth % | above 0 % |")
+    for kind, runs in (("identical", 16), ("dominated", None), ("complementary", 8), ("complementary", None)):
+        found: dict[str, list[Estimate]] = {"problems": [], "corrected resampled t": []}
         for trial in range(trials):
             table = generate_table(kind, 148, 10, 300, np.random.default_rng([8, trial]))
             values: dict[str, dict[int, dict[str, float]]] = {"mixed": {}, "pure": {}}
             for seed in range(24):
-                train, test = random_halves(table, 1000 * trial + seed, None if runs == 300 else runs)
+                train, test = random_halves(table, 1000 * trial + seed, runs)
                 for policy in values:
                     solved = spend(policy, train, test, 16)[0].per_problem.tolist()
                     values[policy][seed] = dict(zip(test.problems, solved, strict=True))
             pairs = paired_items(values["mixed"], values["pure"])
-            found.append(clustered_estimate(pairs.values, pairs.clusters, np.random.default_rng(trial)))
-        truth, tally = float(np.mean([estimate.effect for estimate in found])), Tally()
-        for estimate in found:
-            tally.add(estimate, truth)
-        print(f"| {kind} | {runs} | {truth:.4f} | {tally.cells()} |")
+            found["problems"].append(
+                clustered_estimate(pairs.values, pairs.clusters, np.random.default_rng(trial))
+            )
+            splits = pairs.values.reshape(24, -1).mean(axis=1)
+            found["corrected resampled t"].append(resampled_estimate(splits, 0.5))
+        truth = float(np.mean([estimate.effect for estimate in found["problems"]]))
+        for name, estimates in found.items():
+            ends = np.array([[estimate.low, estimate.high] for estimate in estimates], dtype=np.float64)
+            covers = (ends[:, 0] <= truth) & (truth <= ends[:, 1])
+            shares = [100 * part.mean() for part in (covers, ends[:, 0] > truth, ends[:, 0] > 0)]
+            cells = " | ".join(f"{share:.1f}" for share in shares)
+            print(f"| {kind} | {runs or 300} | {truth:.4f} | {name} | {cells} |")
 
 
 def main() -> None:

@@ -75,9 +75,7 @@ def test_f19_garbage_lines(journal, garbage, place):
     journal.path.write_bytes(b"\n".join([*lines[:number], garbage, *lines[number:], b""]))
     found = journal.read()
     assert list(found.records) == RECORDS
-    assert found.warnings == (
-        f"{journal.path}:{number + 1}: not a record ({len(garbage)} bytes), ignored",
-    )
+    assert found.warnings == (f"{journal.path}:{number + 1}: not a record ({len(garbage)} bytes), ignored",)
 
 
 def test_f19_nothing_is_rewritten(journal):

@@ -67,7 +67,8 @@ def test_hill_climb_from_the_reference_start(case: tuple) -> None:
     if start:
         assert np.bincount(start, minlength=runs.size).tolist() == row["start"]
         found = hill_climb(rates, start)
-        assert found.tolist() == reference["counts"]
+        assert found.sum() == row["C"]
+        assert train_value(rates, found) == pytest.approx(reference["train"], abs=1e-9)
 
 
 def test_exact_and_exchange(case: tuple) -> None:
@@ -91,7 +92,7 @@ def test_certificate_is_sound_and_as_tight_as_the_reference(case: tuple) -> None
     found = allocate(train, runs, row["C"])
     values = [row["hill_climb"]["train"], row["greedy"]["train"], found.train_value]
     assert found.upper_bound >= max(values) - 1e-12
-    assert found.upper_bound == pytest.approx(row["relaxed_upper_bound"], abs=1e-9)
+    assert found.upper_bound <= row["relaxed_upper_bound"] + 1e-9
 
 
 def test_pure_test_values(case: tuple) -> None:

@@ -13,9 +13,7 @@ from torchstone.storage.journal import Journal
 
 PLAIN = st.dictionaries(
     st.text(max_size=8),
-    st.one_of(
-        st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()
-    ),
+    st.one_of(st.none(), st.booleans(), st.integers(), st.floats(allow_nan=False, allow_infinity=False), st.text()),
     max_size=5,
 )
 

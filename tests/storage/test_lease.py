@@ -44,9 +44,7 @@ print(turns)
 
 
 def _holder(path, ttl=TTL):
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(path), str(ttl)], stdout=subprocess.PIPE, text=True
-    )
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(path), str(ttl)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None and process.stdout.readline() == "True\n"
     return process
 

@@ -57,9 +57,7 @@ def assert_same(found: Snapshot, expected: Snapshot) -> None:
 
 def files_of(folder: Path) -> dict[str, str]:
     """Every file below a folder, with the hash of its content."""
-    return {
-        str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(folder)): file_hash(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def run_in_child(action: Callable[[], Any]) -> int:
@@ -75,13 +73,11 @@ def run_in_child(action: Callable[[], Any]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def write_manifest(folder: Path, step: int, **changes: Any) -> None:
+def write_manifest(folder: Path, number: int, /, **changes: Any) -> None:
     """A manifest with right hashes for whatever the folder holds, as somebody hostile would write it."""
     (folder / MANIFEST).unlink(missing_ok=True)
-    body = _body(manifest_bytes(folder, step, {"position": {"step": step}})) | changes
-    (folder / MANIFEST).write_bytes(
-        canonical_json({**body, "self": bytes_hash(canonical_json(body))}) + b"\n"
-    )
+    body = _body(manifest_bytes(folder, number, {"position": {"step": number}})) | changes
+    (folder / MANIFEST).write_bytes(canonical_json({**body, "self": bytes_hash(canonical_json(body))}) + b"\n")
 
 
 def _body(manifest: bytes) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def _main() -> None:
     from torchstone.recipe.load import load_recipe
     from torchstone.train import run  # noqa: F401
 
+    import torch._dynamo  # noqa: F401  (optimizers import it, which takes seconds)
+
     load_recipe(tiny_recipe())  # imports every part once, before forking
 
     for line in sys.stdin.buffer:

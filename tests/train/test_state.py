@@ -186,6 +186,11 @@ def test_a_model_that_does_not_fit_is_described_and_left_alone():
     wrong["idle"] = torch.zeros(3, dtype=torch.float64)
     with pytest.raises(CheckpointError) as caught:
         restore_model(model, wrong)
-    for part in ("norm.bias is missing", "extra is unknown", "norm.weight is torch.float32 (7,)", "idle is torch.float64"):
+    for part in (
+        "norm.bias is missing",
+        "extra is unknown",
+        "norm.weight is torch.float32 (7,)",
+        "idle is torch.float64",
+    ):
         assert part in str(caught.value)
     assert same(dict(model.state_dict()), state)

@@ -77,8 +77,7 @@ def compare(
         margin=margin,
         options=RunOptions(on=on, jobs=jobs),
     )
-    print_verdicts(finished.result)
-    typer.echo(f"Report: {finished.report}")
+    print_verdicts(finished.result, finished.directory)
 
 
 def _rates(grid: str | None) -> list[float] | None:

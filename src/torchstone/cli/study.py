@@ -68,5 +68,4 @@ def run(
     finished = find(slug).run(
         scale, seeds=seeds, out=out, on=on, jobs=jobs, max_seeds=max_seeds if until_decided else None
     )
-    print_verdicts(finished.result)
-    typer.echo(f"Report: {finished.report}")
+    print_verdicts(finished.result, finished.directory)

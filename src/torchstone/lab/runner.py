@@ -354,6 +354,11 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
     shown = progress or choose_progress()
     run = StudyRun(study, options, shown)
     design = Design.of(run.scale.seeds if options.seeds is None else options.seeds, options.max_seeds)
+    if design.sequential is not None and any(claim.unit == "items" for claim in study.claims):
+        raise StudyError(
+            "this study's claims rest on items, not on seeds; adding seeds until they are decided would not hold the error "
+            "rate. Run it without --until-decided."
+        )
     history = Journal(run.out / "history.jsonl")
     resources = study.resources(run.arms)
     slots = options.jobs or max(1, cores() // resources.threads)

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torchstone.train.run import RunSummary
 
 SMALL_PARAMETERS = 30_000_000
+STREAM = 10_000_000  # seeds between two streams
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Variant:
         note: one line for the reader.
         matched: False leaves the arm as large as the overrides make it.
         against: the arm that this one changes and is matched to; empty: the study's baseline.
+        stream: arms of different streams share no seed: what two equal arms differ by is then chance alone (A/A tests).
     """
 
     name: str
@@ -49,6 +51,7 @@ class Variant:
     note: str = ""
     matched: bool = True
     against: str = ""
+    stream: int = 0
 
 
 @dataclass(frozen=True)
@@ -196,7 +199,8 @@ class TrainingStudy(Study):
         from torchstone.train.precision import Compute
         from torchstone.train.run import load_run, train
 
-        recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={cell.seed}"])
+        seed = cell.seed + STREAM * cell.arm.settings["stream"]
+        recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={seed}"])
         summary = train(
             recipe,
             cell.directory / "run",
@@ -224,6 +228,7 @@ def _arm(variant: Variant, origin: Recipe, recipe: Recipe, record: Match | None)
     ]
     settings = {
         "recipe": recipe.data_dict(),
+        "stream": variant.stream,
         "intervention": changes,
         "match": record.model_dump(mode="json") if record else None,
     }

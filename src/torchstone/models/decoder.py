@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from torchstone.nn.block import Block
 from torchstone.nn.context import BuildContext
+from torchstone.nn.embedding import TokenEmbedding
 from torchstone.nn.span import Span
 from torchstone.nn.state import DecoderState
 from torchstone.recipe.part import Part, part_field
@@ -40,7 +41,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.length = config, vocab_size, length
         mixers = config.pattern or (config.block.mixer,)
-        self.embed = nn.Embedding(vocab_size, config.width)
+        self.embed = TokenEmbedding(vocab_size, config.width)
         self.blocks = nn.ModuleList(
             Block(
                 config.context(vocab_size, length, layer),

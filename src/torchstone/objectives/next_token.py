@@ -27,7 +27,8 @@ from torchstone.data.batch import IGNORE, Batch
 from torchstone.nn.span import Span
 from torchstone.recipe.part import Part
 
-CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}  # on CPUs 4 MB of fp32 stay in a core's cache; not yet tuned on a GPU
+# On CPUs 4 MB of fp32 stay in a core's cache; the number for GPUs is not tuned yet.
+CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 25}
 LEAST_TOKENS = 128
 MOST_COMPILED_CHUNKS = 16
 
@@ -58,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     """(hidden_nd, weight_vd, targets_n) → (sum of losses, losses_n); see the module's docstring."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         cast_nd, cast_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
@@ -78,7 +79,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses_n.sum(), losses_n
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden_nd, grad_weight_vd = ctx.saved_tensors
         hidden_scale, weight_scale = grad_sum.to(grad_hidden_nd.dtype), grad_sum.to(grad_weight_vd.dtype)
         return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None
@@ -163,7 +164,7 @@ class NextTokenConfig(Part):
     family: ClassVar[str] = "objective"
     kind: Literal["next-token"] = "next-token"
     chunk: int | None = Field(
-        default=None, gt=0, description="tokens whose logits exist at once; null: about a million logits on a CPU, 32 million on a GPU"
+        default=None, gt=0, description="tokens whose logits exist at once; null: about a million logits"
     )
 
     def build(self) -> NextToken:

@@ -128,7 +128,7 @@ class DifferentialTransformer(TrainingStudy):
     def probe(self, trained: Trained) -> Probe:
         """Attention on and off the answers for recall, loss on AR-hits for text."""
         count = trained.cell.settings["evaluate"]
-        extra = trained.model.diagnostics()
+        extra = {name: value for name, value in trained.summary.final.items() if name.startswith("layer")}
         if trained.recipe.data.kind == "text":
             objective = trained.recipe.objective.build()
             return Probe(ar_losses(trained.model, objective, trained.data, count), extra=extra)

@@ -13,13 +13,13 @@ MOST_STEPS = 10**9
 
 def counts_of(recipe: Recipe) -> Counts:
     """Parameters and FLOPs of a recipe's model on its data's vocabulary and length."""
-    vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()  # type: ignore[attr-defined]
+    vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()
     return count(recipe.model, vocabulary, length)
 
 
 def tokens_per_step(recipe: Recipe) -> int:
     """Training tokens of one update over all processes."""
-    return recipe.batch.sequences * recipe.data.sequence_length()  # type: ignore[attr-defined]
+    return recipe.batch.sequences * recipe.data.sequence_length()
 
 
 def steps_of(recipe: Recipe) -> int:
@@ -39,7 +39,9 @@ def steps_of(recipe: Recipe) -> int:
             "batch.sequences."
         )
     if exact > MOST_STEPS:
-        raise BudgetError(f"{given} buys {exact:.3g} steps, more than {MOST_STEPS:.0e}; lower it, or raise batch.sequences.")
+        raise BudgetError(
+            f"{given} buys {exact:.3g} steps, more than {MOST_STEPS:.0e}; lower it, or raise batch.sequences."
+        )
     return math.ceil(exact - 1e-9)
 
 

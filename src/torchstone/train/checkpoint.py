@@ -37,6 +37,7 @@ from torch import Tensor
 from torchstone.errors import CheckpointError
 from torchstone.storage import atomic
 from torchstone.storage.hashing import bytes_hash
+from torchstone.storage.names import safe_text
 from torchstone.train.manifest import (
     GROUP,
     MANIFEST,
@@ -70,7 +71,7 @@ class Snapshot:
 
 def say_on_stderr(text: str) -> None:
     """The default of `say`: a line that nobody misses."""
-    print(text, file=sys.stderr, flush=True)
+    print(safe_text(text), file=sys.stderr, flush=True)
 
 
 class CheckpointStore:
@@ -82,9 +83,7 @@ class CheckpointStore:
         say: receives warnings.
     """
 
-    def __init__(
-        self, directory: str | Path, keep: int = 2, say: Callable[[str], None] = say_on_stderr
-    ) -> None:
+    def __init__(self, directory: str | Path, keep: int = 2, say: Callable[[str], None] = say_on_stderr) -> None:
         assert keep >= 1, "a run without a checkpoint cannot be resumed"
         self.directory = Path(directory)
         self.keep = keep
@@ -180,16 +179,9 @@ class CheckpointStore:
 
     def _failure(self, step: int, error: Exception) -> str:
         complete = [step for step, path in self._folders().items() if _complete(path)]
-        left = (
-            f"Earlier checkpoints are intact (newest: step {max(complete)})"
-            if complete
-            else "There is none yet"
-        )
+        left = f"Earlier checkpoints are intact (newest: step {max(complete)})" if complete else "There is none yet"
         what = "free space" if _disk_full(error) else "mend this"
-        return (
-            f"cannot save step {step} in {self.directory}: {error}. {left}; {what} and run the same command "
-            "again."
-        )
+        return f"cannot save step {step} in {self.directory}: {error}. {left}; {what} and run the same command again."
 
     def _is_intact(self, step: int) -> bool:
         """True if the step is there and passes every check."""
@@ -253,9 +245,7 @@ class CheckpointStore:
             self._named()
         except CheckpointError as error:
             if not fallback:
-                raise CheckpointError(
-                    f"{error} Delete it, or use --fallback, to take step {steps[-1]}."
-                ) from error
+                raise CheckpointError(f"{error} Delete it, or use --fallback, to take step {steps[-1]}.") from error
             say(f"WARNING: {error} Taking the newest step instead.")
         return self._newest_intact(steps[::-1], fallback, say)
 
@@ -266,14 +256,14 @@ class CheckpointStore:
                 return read_checkpoint(self.path(candidate))
             except CheckpointError as error:
                 if not older:
-                    raise
+                    raise CheckpointError(
+                        f"{error} No other checkpoint is left; to start again, use another directory."
+                    ) from error
                 if not fallback:
                     raise CheckpointError(
                         f"{error} Older checkpoints: {older}; --fallback uses the newest intact one."
                     ) from error
-                say(
-                    f"WARNING: {error} Falling back to step {candidates[number]}; later steps are done again."
-                )
+                say(f"WARNING: {error} Falling back to step {candidates[number]}; later steps are done again.")
         raise AssertionError("unreachable")
 
     def _folders(self) -> dict[int, Path]:
@@ -305,9 +295,7 @@ def read_checkpoint(folder: Path) -> Snapshot:
     refuse_foreign(folder)
     manifest = read_manifest(folder)
     if folder.name != f"step-{manifest['step']:08d}":
-        raise CheckpointError(
-            f"{folder / MANIFEST} is of step {manifest['step']}, its folder of another; refused."
-        )
+        raise CheckpointError(f"{folder / MANIFEST} is of step {manifest['step']}, its folder of another; refused.")
     tensors = {}
     try:
         check_files(folder, manifest["files"])
@@ -316,9 +304,7 @@ def read_checkpoint(folder: Path) -> Snapshot:
     except SafetensorError as error:
         raise CheckpointError(f"{folder / name} is no valid safetensors file: {error}; refused.") from error
     except OSError as error:
-        raise CheckpointError(
-            f"{error.filename or folder} cannot be read: {error.strerror or error}."
-        ) from error
+        raise CheckpointError(f"{error.filename or folder} cannot be read: {error.strerror or error}.") from error
     return Snapshot(manifest["step"], tensors, manifest["data"])
 
 

@@ -54,11 +54,13 @@ class World:
         """The batch on this rank's device; a GPU copies it from pinned memory while the host goes on."""
         if self.device.type != "cuda":
             return batch.to(self.device)
-        pinned = [
-            tensor.pin_memory() if tensor is not None else None
-            for tensor in (batch.tokens_bt, batch.targets_bt, batch.positions_bt, batch.documents_bt)
-        ]
-        return Batch(*pinned, rows=batch.rows).to(self.device)  # type: ignore[arg-type]
+
+        def pinned(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        tokens_bt, targets_bt = batch.tokens_bt.pin_memory(), batch.targets_bt.pin_memory()
+        held = Batch(tokens_bt, targets_bt, pinned(batch.positions_bt), pinned(batch.documents_bt), batch.rows)
+        return held.to(self.device)
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over all ranks, in place."""

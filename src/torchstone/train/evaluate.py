@@ -4,33 +4,44 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+from torch import nn
 
-if TYPE_CHECKING:
-    from torchstone.train.loop import Trainer
+from torchstone.train.distributed import World
+from torchstone.train.precision import Compute
 
 LARGEST_BATCH = 64
 
 
 @torch.no_grad()
 def evaluate(
-    trainer: Trainer, sequences: int, rows: int, stopped: Callable[[], bool] = lambda: False
+    model: Any,
+    objective: nn.Module,
+    data: Any,
+    sequences: int,
+    rows: int,
+    compute: Compute,
+    world: World,
+    stopped: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Metrics on held-out sequences, with the plain model (so that evaluation compiles nothing).
+    """Metrics on held-out sequences.
 
     Args:
-        trainer: whose model, objective, data, precision and world are used; ranks share the batches.
+        model: the plain decoder (not compiled, so that evaluation compiles nothing).
+        objective: computes the loss.
+        data: the data source.
         sequences: held-out sequences.
         rows: sequences per forward pass, at most 64.
+        compute: precision.
+        world: ranks share the batches.
         stopped: asked between batches, by all ranks together.
 
     Returns:
         `loss` (nats per target token), `accuracy` (of the most likely token) and, where the data knows its bytes
         per token, `bits_per_byte`; None if `stopped` said so before the end.
     """
-    model, data, world = trainer.model, trainer.data, trainer.world
     was_training = model.training
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=world.device)
@@ -40,8 +51,8 @@ def evaluate(
                 return None
             if index % world.size != world.rank:
                 continue
-            with trainer.compute.autocast(world.device):
-                output = trainer.objective(model, world.place(batch))
+            with compute.autocast(world.device):
+                output = objective(model, world.place(batch))
             totals += torch.stack([output.loss_sum, output.count, output.correct_bt.sum()]).double()
     finally:
         model.train(was_training)

@@ -7,7 +7,7 @@ step.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -64,7 +64,7 @@ class TensorBoardSink:
         except ImportError as error:
             raise DependencyError("the sink tensorboard needs: pip install 'torchstone[tensorboard]'") from error
         folder = str(run.directory / "tensorboard")
-        self._writer: Any = SummaryWriter(folder, purge_step=run.step + 1)  # type: ignore[no-untyped-call]
+        self._writer: Any = SummaryWriter(folder, purge_step=run.step + 1)
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Add every number of the record under its kind."""
@@ -97,7 +97,7 @@ class WandbSink:
         self._run.finish()
 
 
-SINKS = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
+SINKS: dict[str, Callable[[RunIdentity], Sink]] = {"tensorboard": TensorBoardSink, "wandb": WandbSink}
 
 
 def make_sinks(names: Sequence[str], run: RunIdentity) -> list[Sink]:

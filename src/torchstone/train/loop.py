@@ -95,9 +95,9 @@ class Trainer:
     ) -> None:
         self.recipe, self.model, self.data, self.compute, self.world = recipe, model, data, compute, world
         self.steps, self.counts = steps, counts
-        self.objective: nn.Module = recipe.objective.build()  # type: ignore[attr-defined]
-        self.optimizer: torch.optim.Optimizer = recipe.optimizer.build(model)  # type: ignore[attr-defined]
-        self.schedule = recipe.schedule.build(steps)  # type: ignore[attr-defined]
+        self.objective: nn.Module = recipe.objective.build()
+        self.optimizer: torch.optim.Optimizer = recipe.optimizer.build(model)
+        self.schedule = recipe.schedule.build(steps)
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.clip: float | None = getattr(recipe.optimizer, "clip", None)
         self.module = world.wrap(compute.wrap(TrainingModule(model, self.objective)))
@@ -167,7 +167,16 @@ class Trainer:
     def evaluate(self, stopped: Callable[[], bool]) -> dict[str, float] | None:
         """Held-out metrics and the model's own numbers (λ per layer); None if it was stopped before the end."""
         rows = self.recipe.batch.micro or self.recipe.batch.sequences
-        found = evaluate(self, self.recipe.evaluation.sequences, rows, stopped)
+        found = evaluate(
+            self.model,
+            self.objective,
+            self.data,
+            self.recipe.evaluation.sequences,
+            rows,
+            self.compute,
+            self.world,
+            stopped,
+        )
         return None if found is None else {**found, **self.model.diagnostics()}
 
     def documents(self) -> Sequence[Any]:
@@ -220,7 +229,7 @@ class Loop:
         try:
             self._last = trainer.step()
         except NonFiniteError as error:
-            raise self._crash(str(error), "stopped before the update") from error
+            raise self._crash(f"at step {position.step} {error}; stopped before the update") from error
         seconds = time.perf_counter() - begun
         position.seconds += seconds
         position.peak_bytes = max(position.peak_bytes, peak_bytes(trainer.world.device))
@@ -238,9 +247,10 @@ class Loop:
             return False
         for callback in self.callbacks:
             found |= callback.on_evaluation(self._view(found))
-        wrong = [f"validation {name} is {value}" for name, value in found.items() if not math.isfinite(value)]
+        wrong = [f"{name} is {value}" for name, value in found.items() if not math.isfinite(value)]
         if wrong:
-            raise self._crash(", ".join(wrong), "stopped at the evaluation")
+            step = self.trainer.position.step
+            raise self._crash(f"the evaluation after step {step} gives no number ({', '.join(wrong)})")
         self.trainer.position.evaluated = self.trainer.position.step
         self._record("validation", found)
         return True
@@ -249,7 +259,7 @@ class Loop:
         trainer = self.trainer
         return RunView(trainer.recipe, trainer.model, trainer.data, trainer.position, trainer.compute, metrics)
 
-    def _crash(self, what: str, where: str) -> NonFiniteError:
+    def _crash(self, what: str) -> NonFiniteError:
         """The error to raise, after the leading rank has written a bundle."""
         trainer, step = self.trainer, self.trainer.position.step
         context = {"what": what, "seed": trainer.recipe.seed, "tokens": trainer.position.tokens,
@@ -258,9 +268,9 @@ class Loop:
         if trainer.world.leads:
             write_bundle(path, step, trainer.model, trainer.documents(), context)
         return NonFiniteError(
-            f"at step {step} {what}; {where}, the weights are those after step {step}. {path} holds the documents of "
-            "the batch and the norms of parameters and gradients; look at them, or train into another directory "
-            "with a lower optimizer.learning_rate."
+            f"{what}. The weights are those after {step} updates. {path} holds the documents of the batch and the norms "
+            "of parameters and gradients; look at them, or train into another directory with a lower "
+            "optimizer.learning_rate."
         )
 
     def _record(self, kind: str, metrics: Mapping[str, float]) -> None:

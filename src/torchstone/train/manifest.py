@@ -25,7 +25,7 @@ from torchstone.storage.hashing import bytes_hash, canonical_json, file_hash
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
-LARGEST_MANIFEST = 16 << 20
+LARGEST_MANIFEST = 4 << 20
 LARGEST_HEADER = 16 << 20
 MOST_TENSORS = 100_000
 GROUP = re.compile(r"[a-z][a-z0-9_]{0,40}")
@@ -43,10 +43,7 @@ def manifest_bytes(folder: Path, step: int, data: Mapping[str, Any]) -> bytes:
     Raises:
         CheckpointError: the data is so large that `read_manifest` would refuse it.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "xxh3": file_hash(path)}
-        for path in sorted(folder.iterdir())
-    }
+    files = {path.name: {"bytes": path.stat().st_size, "xxh3": file_hash(path)} for path in sorted(folder.iterdir())}
     body = {
         "schema": SCHEMA,
         "torchstone": __version__,
@@ -74,10 +71,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     content = _bounded_bytes(path)
     try:
         manifest = json.loads(content)
-        body = {key: value for key, value in manifest.items() if key != "self"}
-        whole = canonical_json(manifest) + b"\n" == content
-        intact = whole and manifest.get("self") == bytes_hash(canonical_json(body))
-    except (ValueError, RecursionError, AttributeError, TypeError) as error:
+        intact = isinstance(manifest, dict) and "self" in manifest and _is_canonical(manifest, content)
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}.") from error
     if not intact:
         raise CheckpointError(f"{path} is damaged: its content does not match its own hash.")
@@ -125,17 +120,10 @@ def check_header(path: Path) -> None:
             raise CheckpointError(
                 f"{path} is no valid safetensors file: a header of {length} bytes in {size} bytes; refused."
             )
-        header = file.read(length)
-    try:
-        entries = json.loads(header)
-    except (ValueError, RecursionError) as error:
+        entries = file.read(length).count(b"{") - 1  # one opens the header, one each tensor
+    if entries > MOST_TENSORS:
         raise CheckpointError(
-            f"{path} is no valid safetensors file: its header is no JSON ({error})."
-        ) from error
-    if not isinstance(entries, dict) or len(entries) > MOST_TENSORS:
-        raise CheckpointError(
-            f"{path} is no valid safetensors file: its header is no list of tensors, or lists "
-            f"more than {MOST_TENSORS}; refused."
+            f"{path} is no valid safetensors file: a header of more than {MOST_TENSORS} tensors; refused."
         )
 
 
@@ -149,6 +137,13 @@ def refuse_foreign(folder: Path) -> None:
                 f"{item} was written by torch.distributed.checkpoint, whose metadata can run code when "
                 "it is read; refused. Convert it where you trust it."
             )
+
+
+def _is_canonical(manifest: Mapping[str, Any], content: bytes) -> bool:
+    """True if `content` is the one text of the manifest and the manifest's hash of itself is right."""
+    body = {key: value for key, value in manifest.items() if key != "self"}
+    whole = canonical_json(manifest) + b"\n" == content
+    return whole and manifest["self"] == bytes_hash(canonical_json(body))
 
 
 def _bounded_bytes(path: Path) -> bytes:
@@ -166,7 +161,7 @@ def _bounded_bytes(path: Path) -> bytes:
 def _check_form(path: Path, manifest: Mapping[str, Any]) -> None:
     """A manifest whose hash is right may still come from somebody else."""
     files, step = manifest.get("files"), manifest.get("step")
-    fits = isinstance(files, dict) and isinstance(manifest.get("data"), dict) and isinstance(step, int)
+    fits = isinstance(files, dict) and isinstance(manifest.get("data"), dict) and type(step) is int
     if not fits or not all(
         isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("xxh3"), str)
         for entry in files.values()  # type: ignore[union-attr]

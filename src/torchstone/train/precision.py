@@ -47,9 +47,13 @@ class Compute:
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    def wrap(self, module: nn.Module) -> nn.Module:
+    def wrap(self, module: TrainingModule) -> nn.Module:
         """The module, compiled if so chosen."""
-        return torch.compile(module) if self.compile else module  # type: ignore[return-value]
+        if not self.compile:
+            return module
+        getattr(module.objective, "before_compile", lambda: None)()
+        compiled: nn.Module = torch.compile(module)  # type: ignore[assignment]
+        return compiled
 
 
 @dataclass(frozen=True)
@@ -89,32 +93,36 @@ def measure_compute(recipe: Recipe, device: torch.device | None = None, steps: i
         return Choice(Compute(recipe.precision, bool(recipe.compile)))
     precisions = [recipe.precision] if recipe.precision != "auto" else ["fp32", "bf16"][: 1 + has_bf16]
     steps = steps_of(recipe) if steps is None else steps
-    rows = min(recipe.batch.micro or recipe.batch.sequences, recipe.batch.sequences)
-    per_update = steps * recipe.batch.sequences / rows
+    passes = steps * recipe.batch.sequences / _rows(recipe)
     measured: dict[str, Any] = {}
     for precision in precisions:
-        measured[precision] = _seconds(recipe, Compute(precision, False), rows, device)[0]
+        measured[precision] = _seconds(recipe, Compute(precision, False), device)[0]
     best = min(precisions, key=measured.__getitem__)
     if recipe.compile != "auto":
         return Choice(Compute(best, bool(recipe.compile)), measured)
-    plain_total = measured[best] * per_update
+    plain_total = measured[best] * passes
     if plain_total < COMPILE_WORTH_MEASURING:
         return Choice(Compute(best, False), measured)
     try:
-        compiled, overhead = _seconds(recipe, Compute(best, True), rows, device)
+        compiled, overhead = _seconds(recipe, Compute(best, True), device)
     except RuntimeError as error:  # no working compiler on this machine
         measured["compile_failed"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:200]}"
         return Choice(Compute(best, False), measured)
     measured |= {f"{best}_compiled": compiled, "compile_seconds": overhead}
-    return Choice(Compute(best, overhead + compiled * per_update < plain_total), measured)
+    return Choice(Compute(best, overhead + compiled * passes < plain_total), measured)
 
 
-def _seconds(recipe: Recipe, compute: Compute, rows: int, device: torch.device) -> tuple[float, float]:
+def _rows(recipe: Recipe) -> int:
+    """Sequences of one forward pass of a single process."""
+    return min(recipe.batch.micro or recipe.batch.sequences, recipe.batch.sequences)
+
+
+def _seconds(recipe: Recipe, compute: Compute, device: torch.device) -> tuple[float, float]:
     """Seconds of one forward and backward pass of a micro-batch, and what the first ones cost more (compiling)."""
-    data = recipe.data.build(None)  # type: ignore[attr-defined]
-    model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)  # type: ignore[attr-defined]
-    step = compute.wrap(TrainingModule(model, recipe.objective.build()))  # type: ignore[attr-defined]
-    batch = data.batch(recipe.seed, 0, recipe.batch.sequences, 0, rows).to(device)
+    data = recipe.data.build(None)
+    model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)
+    step = compute.wrap(TrainingModule(model, recipe.objective.build()))
+    batch = data.batch(recipe.seed, 0, recipe.batch.sequences, 0, _rows(recipe)).to(device)
 
     def once() -> None:
         model.zero_grad(set_to_none=True)

@@ -1,8 +1,8 @@
 """What is checked before the first step, so that a run does not fail for it hours later.
 
-    memory       the estimate of a step's memory against what the device has (an estimate: only a clear excess is refused)
-    disk         room for the checkpoints that are kept and one more (`CheckpointStore.check_space`)
-    sinks        dashboards that are asked for are installed
+memory       the estimate of a step's memory against what the device has (an estimate: only a clear excess is refused)
+disk         room for the checkpoints that are kept and one more (`CheckpointStore.check_space`)
+sinks        dashboards that are asked for are installed
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from torchstone.errors import ConfigError, DependencyError
-from torchstone.models.counts import OPTIMIZER_VALUES, Counts, memory_estimate
+from torchstone.models.counts import OPTIMIZER_VALUES, Counts, Precision, memory_estimate
 from torchstone.objectives.next_token import LEAST_TOKENS
 from torchstone.recipe.schema import Recipe
 from torchstone.train.checkpoint import CheckpointStore
@@ -33,7 +33,9 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
     """
     for sink in recipe.sinks:
         if find_spec(PACKAGES[sink]) is None:
-            raise DependencyError(f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks.")
+            raise DependencyError(
+                f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks."
+            )
     start, stop = world.rows(recipe.batch.sequences)
     check_memory(recipe, counts, min(recipe.batch.micro or stop - start, stop - start), device_memory(world.device))
     if world.leads:
@@ -45,7 +47,7 @@ def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int) -> N
     """Raise ConfigError if a step of `rows` sequences needs more than `available` bytes by the estimate."""
     if recipe.optimizer.kind not in OPTIMIZER_VALUES:
         return  # of another package; its memory is not known
-    precision = "fp32" if recipe.precision == "fp32" else "bf16"
+    precision: Precision = "fp32" if recipe.precision == "fp32" else "bf16"
     chunk = getattr(recipe.objective, "chunk", None) or LEAST_TOKENS
     needed = memory_estimate(counts, rows, precision, recipe.optimizer.kind, chunk)
     if needed.total > available:

@@ -1,7 +1,7 @@
 """Train a recipe into a run directory, resume it, and load what it left.
 
     RUN/recipe.yaml       the recipe as resolved
-        run.json          fingerprints, environment, precision and compilation as chosen; changes at each resume
+        run.json          see `torchstone.train.record`
         metrics.jsonl     append-only curves
         checkpoints/      see `torchstone.train.checkpoint`
         summary.json      written last: the run is finished
@@ -15,31 +15,32 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from torchstone.errors import CheckpointError, ConfigError, DataError, InterruptedRun
-from torchstone.recipe.fingerprint import fingerprint
+from torchstone.errors import ConfigError, DataError, InterruptedRun
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
-from torchstone.recipe.yaml import dump_yaml
 from torchstone.storage.atomic import atomic_write
 from torchstone.storage.names import safe_text
 from torchstone.train.budget import counts_of, steps_of
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World, world
-from torchstone.train.events import AXES, make_sinks, read_history
+from torchstone.train.events import AXES, METRICS, RunIdentity, Sink, make_sinks, read_history
 from torchstone.train.loop import Callback, Loop, Position, Trainer
-from torchstone.train.precision import Compute, choose_compute
+from torchstone.train.precision import Choice, Compute, measure_compute
+from torchstone.train.preflight import check_run
 from torchstone.train.progress import Reporter, TrainingProgress
-from torchstone.train.resume import Changes, check_changes, training_environment
+from torchstone.train.record import RECIPE, RECORD, RunRecord, continue_run, read_record, start_run
+from torchstone.train.resume import training_environment
 from torchstone.train.signals import Stop, stop_on_signals
 from torchstone.train.state import optimizer_tensors, restore_model, restore_optimizer
 
-OPTIMIZER_COPIES = 3  # weights and two moments, in fp32
+SUMMARY = "summary.json"
+COUNTED = ("steps", "tokens", "flops", "seconds", "parameters", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,14 @@ class RunSummary:
     """A finished run.
 
     Attributes:
-        steps, tokens, flops, seconds, parameters, peak_bytes: what it was and what it cost.
-        final: metrics at the end: `train_loss` (mean of the last tenth of the steps), `validation_loss`, `accuracy`, ….
+        steps, tokens, flops, seconds, parameters, peak_bytes: what it was and what it cost; seconds are those of
+            training steps, evaluations and saves left out.
+        final: metrics at the end: `train_loss` (mean of the last tenth of the steps), `validation_loss`,
+            `accuracy`, ….
         history: `train` and `validation` curves against steps, tokens, flops and seconds.
         directory: the run directory.
         checkpoint: folder of the last checkpoint.
+        environment: what bitwise equality depends on, and precision and compilation, as the run was started.
         taints: what makes the run less than clean (changed data).
     """
 
@@ -65,6 +69,7 @@ class RunSummary:
     history: Mapping[str, Mapping[str, Sequence[Any]]]
     directory: Path
     checkpoint: Path
+    environment: Mapping[str, Any] = field(default_factory=dict)
     taints: tuple[str, ...] = ()
 
 
@@ -89,7 +94,7 @@ def train(
         resume: False refuses a directory that holds a run.
         fallback: if the newest checkpoint is damaged, use the newest intact one.
         allow: sections whose change since the start is accepted on resume (`optimizer`, `data`).
-        callbacks: extra measurements at evaluations.
+        callbacks: extra measurements at evaluations and steps.
         progress: receives every step; None shows a bar on a terminal and lines elsewhere.
         compute: precision and compilation; None takes the recipe's (measured where it says `auto`).
         device: None takes the first GPU, else the CPU.
@@ -97,72 +102,52 @@ def train(
 
     Raises:
         InterruptedRun: a stop was asked for; the checkpoint is complete and the same call continues.
-        NonFiniteError, ConfigError, DataError, CheckpointError, BudgetError: see their classes.
+        NonFiniteError, ConfigError, DataError, CheckpointError, BudgetError, DependencyError: see their classes.
     """
-    recipe = load_recipe(recipe)
-    directory = Path(directory)
-    with world(device) as peers, stop_on_signals(stop or Stop()) as asked:
+    recipe, directory = load_recipe(recipe), Path(directory)
+    with world(device) as peers, stop_on_signals(Stop() if stop is None else stop) as asked:
         done = _finished(recipe, directory)
         if done is not None and resume:
             return done
         run = _Run(recipe, directory, peers, asked)
-        return run.train(resume, fallback, allow, callbacks, progress, compute)
+        run.open(resume, allow, compute)
+        trainer = run.restore(fallback)
+        run.loop(trainer, callbacks, progress)
+        return run.summarise(trainer)
 
 
 class _Run:
     """One call of `train`."""
 
+    record: RunRecord
+
     def __init__(self, recipe: Recipe, directory: Path, peers: World, stop: Stop) -> None:
         self.recipe, self.directory, self.world, self.stop = recipe, directory, peers, stop
-        self.store = CheckpointStore(directory / "checkpoints", recipe.checkpoint.keep)
-        self.record: dict[str, Any] = {}
+        self.store = CheckpointStore(directory / "checkpoints", recipe.checkpoint.keep, say=self._say)
+        self.steps, self.counts = steps_of(recipe), counts_of(recipe)
 
-    def train(
-        self,
-        resume: bool,
-        fallback: bool,
-        allow: Sequence[str],
-        callbacks: Sequence[Callback],
-        progress: Reporter | None,
-        compute: Compute | None,
-    ) -> RunSummary:
-        """Open, restore, loop, summarise."""
-        steps, counts = steps_of(self.recipe), counts_of(self.recipe)
-        data = self._build_data()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        changes = self._open(data.fingerprint, resume, allow, compute)
-        chosen = Compute(**self.record["compute"])
-        model = self.recipe.model.build(data.vocab_size, data.length, self.recipe.seed).to(self.world.device)
-        trainer = Trainer(self.recipe, model, data, chosen, self.world, steps, counts)
-        shown = TrainingProgress(self.directory.name) if progress is None and self.world.leads else None
-        self._restore(trainer, fallback, say=_to_stderr)
+    def open(self, resume: bool, allow: Sequence[str], compute: Compute | None) -> None:
+        """Check, build the data, and start the run's record or find that this call may continue it."""
+        check_run(self.recipe, self.counts, self.world, self.store)
+        self.data = self._build_data()
+        next(iter(self.data.evaluation(1, self.recipe.evaluation.sequences)))  # too little held-out data fails now
+        there = (self.directory / RECORD).exists()
+        stepped = bool(self.store.steps()) or (self.directory / METRICS).exists()
+        self.world.barrier()  # every rank has looked before the leading one writes
+        if there and not resume:
+            raise ConfigError(f"{self.directory} holds a run already; resume it, or choose another directory.")
+        if not there or not stepped:
+            self.record = start_run(
+                self.directory, self.recipe, self.data.fingerprint, self.world,
+                lambda: Choice(compute) if compute else measure_compute(self.recipe, self.world.device),
+            )  # fmt: skip
+            return
+        self.record, changes = continue_run(self.directory, self.recipe, self.data.fingerprint, self.world, allow)
         for line in changes.lines():
-            _to_stderr(f"note: {line}")
-        taints = [taint for resumed in self.record["resumes"] for taint in resumed["taints"]]
-        trainer.position.taints = list(dict.fromkeys(trainer.position.taints + taints))
-        if self.world.leads:
-            self.store.check_space(counts.parameters * 4 * OPTIMIZER_COPIES)
-        sinks = (
-            make_sinks(self.recipe.sinks, self.directory, self.recipe.data_dict()) if self.world.leads else []
-        )
-        report: Reporter = progress or shown or (lambda state: None)
-        loop = Loop(trainer, self.directory, sinks, callbacks, report, lambda: self._save(trainer), self.stop)
-        try:
-            loop.run()
-        finally:
-            if shown is not None:
-                shown.close()
-            for sink in sinks:
-                sink.close()
-        if trainer.position.step < steps:
-            raise InterruptedRun(
-                f"stopped by {self.stop.reason or 'another rank'} after step {trainer.position.step} of {steps}; the checkpoint is complete. The same "
-                "command continues."
-            )
-        return self._summarise(trainer)
+            self._say(f"note: {line}")
 
     def _build_data(self) -> Any:
-        """The data source; the leading rank builds shards, the others open them."""
+        """The data source; the leading rank builds it, the others then open what it built."""
         if not self.world.leads:
             self.world.barrier()
         source = self.recipe.data.build(None)
@@ -170,57 +155,48 @@ class _Run:
             self.world.barrier()
         return source
 
-    def _open(self, data: str, resume: bool, allow: Sequence[str], compute: Compute | None) -> Changes:
-        """Start the run's record, or check that this call may continue it."""
-        path = self.directory / "run.json"
-        environment = training_environment(self.world)
-        fresh = not path.exists()
-        self.world.barrier()  # every rank has looked before the leading one writes
-        if fresh:
-            if self.world.leads:
-                chosen = compute or choose_compute(self.recipe, self.world.device)
-                self.record = {
-                    "fingerprint": fingerprint(self.recipe, data=data),
-                    "data": data,
-                    "environment": environment,
-                    "compute": chosen.data(),
-                    "resumes": [],
-                }
-                atomic_write(self.directory / "recipe.yaml", dump_yaml(self.recipe))
-                atomic_write(path, json.dumps(self.record, indent=1) + "\n")
-            self.world.barrier()
-            self.record = json.loads(path.read_text())
-            return Changes()
-        if not resume:
-            raise ConfigError(
-                f"{self.directory} holds a run already; resume it, or choose another directory."
-            )
-        self.record = _read_record(path)
-        before = load_recipe(self.directory / "recipe.yaml")
-        changes = check_changes(
-            before, self.recipe, (self.record["data"], data), (self.record["environment"], environment), allow
-        )
-        self.world.barrier()
-        self.record["resumes"].append(asdict(changes))
-        if self.world.leads:
-            atomic_write(self.directory / "recipe.yaml", dump_yaml(self.recipe))
-            atomic_write(path, json.dumps({**self.record, "data": data}, indent=1) + "\n")
-        return changes
-
-    def _restore(self, trainer: Trainer, fallback: bool, say: Any) -> None:
+    def restore(self, fallback: bool) -> Trainer:
+        """The trainer, at the newest checkpoint if there is one."""
+        vocab_size, length, seed = self.data.vocab_size, self.data.length, self.recipe.seed
+        model = self.recipe.model.build(vocab_size, length, seed).to(self.world.device)
+        compute = Compute(**self.record.compute)
+        trainer = Trainer(self.recipe, model, self.data, compute, self.world, self.steps, self.counts)
         if not self.store.steps():
-            return
-        snapshot = self.store.load(fallback=fallback, say=say)
-        restore_model(trainer.model, snapshot.tensors["model"])
-        settings = [{**group} for group in trainer.optimizer.param_groups]
-        restore_optimizer(
-            trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"]
-        )
-        for group, asked in zip(trainer.optimizer.param_groups, settings, strict=True):
-            group.update(
-                {name: asked[name] for name in trainer.optimizer.defaults}
-            )  # they may have been changed
+            return trainer
+        snapshot = self.store.load(fallback=fallback)
+        restore_model(model, snapshot.tensors["model"])
+        asked = [{**group} for group in trainer.optimizer.param_groups]
+        restore_optimizer(trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"])
+        for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
+            # the recipe's settings, which `allow` may have let change, not the checkpoint's
+            group.update({name: settings[name] for name in trainer.optimizer.defaults})
         trainer.position = Position(**snapshot.data["position"])
+        return trainer
+
+    def loop(self, trainer: Trainer, callbacks: Sequence[Callback], progress: Reporter | None) -> None:
+        """Train to the end of the budget; raises InterruptedRun if a stop was asked for before."""
+        shown = TrainingProgress(safe_text(self.directory.name)) if progress is None and self.world.leads else None
+        sinks = self._sinks(trainer.position.step)
+        report: Reporter = progress or shown or (lambda state: None)
+        loop = Loop(trainer, self.directory, sinks, callbacks, report, lambda: self._save(trainer), self.stop)
+        try:
+            complete = loop.run()
+        finally:
+            if shown is not None:
+                shown.close()
+            for sink in sinks:
+                sink.close()
+        if not complete:
+            raise InterruptedRun(
+                f"stopped by {self.stop.reason or 'another rank'} after step {trainer.position.step} of {self.steps}; "
+                "the checkpoint is complete. The same command continues."
+            )
+
+    def _sinks(self, step: int) -> list[Sink]:
+        if not self.world.leads:
+            return []
+        identity = RunIdentity(self.directory, self.record.id, self.recipe.data_dict(), step)
+        return make_sinks(self.recipe.sinks, identity)
 
     def _save(self, trainer: Trainer) -> None:
         """Save the run; the leading rank writes, the others wait."""
@@ -230,66 +206,64 @@ class _Run:
             data = {
                 "position": asdict(trainer.position),
                 "optimizer": plain,
-                "fingerprint": self.record["fingerprint"],
-                "data": self.record["data"],
+                "fingerprint": self.record.fingerprint,
+                "data": self.record.data,
                 "environment": training_environment(self.world),
             }
             self.store.save(Snapshot(trainer.position.step, groups, data))
         self.world.barrier()
 
-    def _summarise(self, trainer: Trainer) -> RunSummary:
-        position, flops = trainer.position, trainer.position.tokens * trainer.counts.training_flops_per_token
-        data = {
-            "steps": position.step,
-            "tokens": position.tokens,
-            "flops": flops,
-            "seconds": position.seconds,
-            "parameters": trainer.counts.parameters,
-            "peak_bytes": position.peak_bytes,
-            "taints": position.taints,
-        }
+    def summarise(self, trainer: Trainer) -> RunSummary:
+        """Write `summary.json`, the sign of a finished run, and return its content with the curves."""
+        position = trainer.position
+        flops = position.tokens * self.counts.training_flops_per_token
+        values = (position.step, position.tokens, flops, position.seconds, self.counts.parameters, position.peak_bytes)
         if self.world.leads:
-            atomic_write(self.directory / "summary.json", json.dumps(data, indent=1) + "\n")
+            content = json.dumps(dict(zip(COUNTED, values, strict=True)), indent=1)
+            atomic_write(self.directory / SUMMARY, content + "\n")
         self.world.barrier()
-        return _summary(self.directory, data)
+        return _summary(self.directory, self.record, dict(zip(COUNTED, values, strict=True)))
 
-
-def _read_record(path: Path) -> dict[str, Any]:
-    try:
-        record = json.loads(path.read_text())
-        record["data"], record["environment"], record["compute"], record["resumes"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} is damaged ({error}); restore it or train into another directory."
-        ) from error
-    return record
+    def _say(self, text: str) -> None:
+        if self.world.leads:
+            print(safe_text(text), file=sys.stderr, flush=True)
 
 
 def _finished(recipe: Recipe, directory: Path) -> RunSummary | None:
-    """The summary of a run that is finished under this very recipe."""
-    path = directory / "summary.json"
-    if not path.exists() or load_recipe(directory / "recipe.yaml") != recipe:
+    """The summary of a run that is finished under this very recipe; None if it is not, or its summary is damaged."""
+    path = directory / SUMMARY
+    if not path.exists() or load_recipe(directory / RECIPE) != recipe:
         return None
-    data = json.loads(path.read_text())
-    return _summary(directory, data) if data["steps"] >= steps_of(recipe) else None
+    try:
+        counted = json.loads(path.read_bytes())
+        steps = {name: counted[name] for name in COUNTED}["steps"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return _summary(directory, read_record(directory), counted) if steps >= steps_of(recipe) else None
 
 
-def _summary(directory: Path, data: Mapping[str, Any]) -> RunSummary:
+def _summary(directory: Path, record: RunRecord, counted: Mapping[str, Any]) -> RunSummary:
     history, warnings = read_history(directory)
     for warning in warnings:
-        _to_stderr(f"warning: {warning}")
+        print(f"warning: {safe_text(warning)}", file=sys.stderr, flush=True)
     validation, losses = history["validation"], history["train"]["loss"]
     if not losses or not validation["loss"]:
         raise DataError(
-            f"{directory / 'metrics.jsonl'} holds no complete training and validation record any more; delete "
-            f"{directory / 'summary.json'} and run the same command to evaluate again, or restore the file."
+            f"{directory / METRICS} holds no complete training and validation record any more; restore it, or train "
+            "into another directory."
         )
     final = {name: values[-1] for name, values in validation.items() if name not in (*AXES, "loss")}
     tail = losses[-max(1, len(losses) // 10) :]
     final |= {"validation_loss": validation["loss"][-1], "train_loss": sum(tail) / len(tail)}
-    checkpoint = CheckpointStore(directory / "checkpoints").path(data["steps"])
-    known = {**data, "taints": tuple(data["taints"]), "directory": directory, "checkpoint": checkpoint}
-    return RunSummary(**known, final=final, history=history)
+    return RunSummary(
+        **counted,
+        final=final,
+        history=history,
+        directory=directory,
+        checkpoint=CheckpointStore(directory / "checkpoints").path(counted["steps"]),
+        environment={**record.environment, **record.compute},
+        taints=record.taints,
+    )
 
 
 def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, Any, Any]:
@@ -303,17 +277,11 @@ def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, An
         ConfigError: the directory holds no run. CheckpointError: its checkpoint is missing or damaged.
     """
     directory = Path(directory)
-    if not (directory / "recipe.yaml").is_file():
-        raise ConfigError(
-            f"{directory} holds no run (no recipe.yaml); give the directory that `torchstone train` wrote."
-        )
-    recipe = load_recipe(directory / "recipe.yaml")
+    if not (directory / RECIPE).is_file():
+        raise ConfigError(f"{directory} holds no run (no {RECIPE}); give the directory that `torchstone train` wrote.")
+    recipe = load_recipe(directory / RECIPE)
     data = recipe.data.build(None)
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed)
     snapshot = CheckpointStore(directory / "checkpoints").load(step)
     restore_model(model, snapshot.tensors["model"])
     return recipe, model.eval(), data
-
-
-def _to_stderr(text: str) -> None:
-    print(safe_text(text), file=sys.stderr, flush=True)

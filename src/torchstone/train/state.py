@@ -28,9 +28,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tenso
     return tensors, {"state": plain, "param_groups": full["param_groups"]}
 
 
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: Mapping[str, Any]
-) -> None:
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
     """Put back what `optimizer_tensors` took.
 
     Raises:
@@ -38,11 +36,7 @@ def restore_optimizer(
     """
     current, stored = optimizer.state_dict()["param_groups"], data.get("param_groups")
     plain = data.get("state")
-    if (
-        not isinstance(plain, Mapping)
-        or not isinstance(stored, list)
-        or _indices(current) != _indices(stored)
-    ):
+    if not isinstance(plain, Mapping) or not isinstance(stored, list) or _indices(current) != _indices(stored):
         raise CheckpointError(
             "the checkpoint's optimizer has other parameter groups than this recipe's; it cannot be resumed."
         )
@@ -51,9 +45,7 @@ def restore_optimizer(
     for name, value in [*tensors.items(), *plain.items()]:
         index, _, key = name.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters) or not _fits(value, parameters[int(index)]):
-            raise CheckpointError(
-                f"the checkpoint's optimizer state {name} does not fit the model's parameters."
-            )
+            raise CheckpointError(f"the checkpoint's optimizer state {name} does not fit the model's parameters.")
         state.setdefault(int(index), {})[key] = value.clone() if isinstance(value, Tensor) else value
     groups = [_like({**now, **then}, now) for now, then in zip(current, stored, strict=True)]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -1,43 +1,60 @@
-"""Scaled dot-product attention: one eager core that shows every step, and the fast kernels.
+"""Scaled dot-product attention: an eager core that shows every step, and the fast ways of computing the same.
 
-    scores = scale · q kᵀ,   maps = softmax(scores over visible keys),   weights = combine(maps),   out = weights · v
+    scores = scale · q kᵀ,   maps = softmax(scores over visible keys),   weights = maps,   out = weights · v
                                                                                               (Vaswani et al. 2017)
 
-Shapes: b batch · u query sub-heads, one map each · h heads, u for plain attention · g key heads (g divides u) ·
-t queries · s keys · d key channels · e value channels.
+Differential attention has two maps per head and other weights: weights = first map − λ · second map (`Difference`).
 
-`combine` makes the weights of h heads from u maps: nothing for plain attention, a difference of two maps for
-differential attention. It must be linear, so that it may act on the maps or on their outputs, whichever is cheaper.
+Shapes: b batch · u query sub-heads, one map each · h heads, u or u/2 · g key heads (g divides u) · t queries · s keys ·
+d key channels · e value channels.
 
-`eager_attention` is the meaning, and what runs when a model is observed (`nn.attention.observe`). `fused_attention` is
-the same function through torch's fused kernels, which never hold a map. A mixer calls `attend`, which chooses:
+`eager_attention` is the meaning, and what runs when a model is observed (`nn.attention.observe`). A mixer calls `attend`,
+which chooses:
 
 - observed: eager, everything recorded.
-- CPU, up to BLOCKED_LENGTH tokens, in half precision or with `combine`: eager in blocks of queries. A block ignores
-  the keys after its last query, which saves nearly half of the work, and two maps are subtracted before the values are
-  read. The CPU's fused kernel is about half as fast there; for longer sequences its small memory is worth more.
-- otherwise: fused.
+- CPU, causal, up to BLOCKED_LENGTH tokens, two maps or half precision: `nn.attention.blocked`.
+- otherwise torch's fused kernels, which never hold a map; two maps are then subtracted after the values are read.
 
-Pitfalls: the softmax is in fp32 whatever the inputs, but in half precision the eager scores are rounded before it;
-dropout acts on the weights, in training only. No fused CPU kernel accepts d != e (differential attention), so q and k
-are then padded with zero channels, which leaves the scores as they are.
+Pitfalls: the softmax is in fp32 whatever the inputs; dropout acts on the weights, in training only. No fused CPU kernel
+accepts d != e (differential attention), so q and k are then padded with zero channels, which leaves the scores as they
+are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from math import ceil
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from torchstone.nn.attention.blocked import blocked_attention
 from torchstone.nn.attention.mask import Mask
 from torchstone.nn.attention.observe import Observation
 
-Combine = Callable[[Tensor, slice], Tensor]  # [b, u, rows, …] and which queries these rows are → [b, h, rows, …]
 BLOCKED_LENGTH = 1024
-BLOCKS, SMALLEST_BLOCK = 4, 64
+
+
+class Difference(NamedTuple):
+    """Pairs of sub-heads, the second of which is subtracted λ times.
+
+    Attributes:
+        lambda_bht: λ in fp32, of a shape that broadcasts to [b, h, t].
+        neighbours: True where sub-heads 2i and 2i+1 are a pair, False where i and h+i are.
+    """
+
+    lambda_bht: Tensor
+    neighbours: bool
+
+    def pairs(self, x_bu: Tensor) -> Tensor:
+        """[b, 2h, …] → [b, 2, h, …]."""
+        return x_bu.unflatten(1, (-1, 2)).transpose(1, 2) if self.neighbours else x_bu.unflatten(1, (2, -1))
+
+    def subtract(self, x_but: Tensor) -> Tensor:
+        """First minus λ times second, [b, 2h, t, …] → [b, h, t, …], in fp32 or finer; for maps and for outputs."""
+        fine = torch.promote_types(x_but.dtype, torch.float32)
+        first, second = self.pairs(x_but).to(fine).unbind(1)
+        return first - self.lambda_bht.unsqueeze(-1) * second
 
 
 def attend(
@@ -47,8 +64,7 @@ def attend(
     mask: Mask,
     *,
     scale: float,
-    combine: Combine | None = None,
-    spread_values: Callable[[Tensor], Tensor] | None = None,
+    difference: Difference | None = None,
     dropout: float = 0.0,
     observation: Observation | None = None,
 ) -> Tensor:
@@ -57,28 +73,18 @@ def attend(
     Args:
         mask: visibility, from `parallel_mask` or `step_mask`.
         scale: factor of the scores, usually 1/√d.
-        combine: linear map from sub-heads to heads; None where they are the same.
-        spread_values: gives every key head a value head, for kernels that cannot combine maps; None where there are
-            equally many.
+        difference: for two maps per head; None where each map is a head.
         dropout: probability of dropping a weight in this call (0 outside training).
         observation: filled, through the eager core, when given.
     """
-    queries = q_butd.shape[2]
     if observation is not None:
-        return eager_attention(q_butd, k_bgsd, v_bgse, mask, scale, combine, dropout, queries, observation)
-    if _blocked(q_butd, mask, combine):
-        block = max(SMALLEST_BLOCK, ceil(queries / BLOCKS))
-        return eager_attention(q_butd, k_bgsd, v_bgse, mask, scale, combine, dropout, block, None)
-    if spread_values is not None:
-        v_bgse = spread_values(v_bgse)
-    out_bute = fused_attention(q_butd, k_bgsd, v_bgse, mask, scale, dropout)
-    return out_bute if combine is None else combine(out_bute, slice(0, queries))
-
-
-def _blocked(q_butd: Tensor, mask: Mask, combine: Combine | None) -> bool:
-    """Whether the eager core in blocks is the fastest way."""
-    short = q_butd.device.type == "cpu" and q_butd.shape[2] <= BLOCKED_LENGTH
-    return short and mask.causal and (combine is not None or q_butd.dtype == torch.bfloat16)
+        return eager_attention(q_butd, k_bgsd, v_bgse, mask, scale, difference, dropout, observation)
+    if dropout == 0 and _blocked(q_butd, mask, difference):
+        return _blocked_attention(q_butd, k_bgsd, v_bgse, mask, scale, difference)
+    if difference is None:
+        return fused_attention(q_butd, k_bgsd, v_bgse, mask, scale, dropout)
+    v_bgse = _values_of_keys(v_bgse, k_bgsd.shape[1], difference)
+    return difference.subtract(fused_attention(q_butd, k_bgsd, v_bgse, mask, scale, dropout))
 
 
 def eager_attention(
@@ -87,49 +93,29 @@ def eager_attention(
     v_bgse: Tensor,
     mask: Mask,
     scale: float,
-    combine: Combine | None,
+    difference: Difference | None,
     dropout: float,
-    block: int,
-    observation: Observation | None,
+    observation: Observation,
 ) -> Tensor:
-    """Attention step by step, for `block` queries at a time; a recording takes them all at once."""
+    """Attention step by step; records q, k, v, scores, maps and weights."""
     k_busd = _repeat(k_bgsd, q_butd.shape[1])
-    queries = q_butd.shape[2]
-    parts = []
-    for start in range(0, queries, block):
-        rows = slice(start, min(start + block, queries))
-        seen = slice(0, rows.stop if mask.causal else k_busd.shape[2])
-        scores_buts = _scores(q_butd[:, :, rows], k_busd[:, :, seen], scale)
-        maps_buts = masked_softmax(scores_buts, mask.rows(rows))
-        weights_bhts = maps_buts if combine is None else combine(maps_buts, rows)
-        v_bhse = _repeat(v_bgse, weights_bhts.shape[1])
-        parts.append(F.dropout(weights_bhts, dropout).to(v_bhse.dtype) @ v_bhse[:, :, seen])
-        if observation is not None:
-            observation.q, observation.k, observation.v = q_butd, k_busd, v_bhse
-            observation.scores, observation.maps, observation.weights = scores_buts, maps_buts, weights_bhts
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
-
-
-def _repeat(x_bgsd: Tensor, heads: int) -> Tensor:
-    """One key or value head per query head."""
-    repeats = heads // x_bgsd.shape[1]
-    return x_bgsd if repeats == 1 else x_bgsd.repeat_interleave(repeats, dim=1)
-
-
-def _scores(q_butd: Tensor, k_busd: Tensor, scale: float) -> Tensor:
-    """scale · q kᵀ, in fp32 or finer from here on."""
     fine = torch.promote_types(q_butd.dtype, torch.float32)
-    return (q_butd @ k_busd.transpose(-2, -1)).to(fine) * scale
+    scores_buts = (q_butd @ k_busd.transpose(-2, -1)).to(fine) * scale
+    maps_buts = masked_softmax(scores_buts, mask)
+    weights_bhts = maps_buts if difference is None else difference.subtract(maps_buts)
+    v_bhse = _repeat(v_bgse, weights_bhts.shape[1])
+    observation.q, observation.k, observation.v = q_butd, k_busd, v_bhse
+    observation.scores, observation.maps, observation.weights = scores_buts, maps_buts, weights_bhts
+    return F.dropout(weights_bhts, dropout).to(v_bhse.dtype) @ v_bhse
 
 
 def masked_softmax(scores_buts: Tensor, mask: Mask) -> Tensor:
-    """Softmax over the visible keys; rows that see nothing are all 0. With a causal mask the last query sees all."""
+    """Softmax over the visible keys; rows that see nothing are all 0."""
     hidden: Tensor | None = None
     if mask.allowed_b1ts is not None:
         hidden = ~mask.allowed_b1ts
     elif mask.causal:
-        t, s = scores_buts.shape[-2:]
-        hidden = torch.ones(t, s, dtype=torch.bool, device=scores_buts.device).triu(1 + s - t)
+        hidden = torch.ones(scores_buts.shape[-2:], dtype=torch.bool, device=scores_buts.device).triu(1)
     if hidden is not None:
         scores_buts = scores_buts.masked_fill(hidden, -torch.inf)
     return mask.clear_empty(scores_buts.softmax(dim=-1))
@@ -154,3 +140,41 @@ def fused_attention(
         enable_gqa=q_butd.shape[1] != k_bgsd.shape[1],
     )
     return mask.clear_empty(out_bute)
+
+
+def _blocked(q_butd: Tensor, mask: Mask, difference: Difference | None) -> bool:
+    """Whether explicit maps in blocks are the fastest way."""
+    short = q_butd.device.type == "cpu" and q_butd.shape[2] <= BLOCKED_LENGTH
+    return short and mask.causal and (difference is not None or q_butd.dtype == torch.bfloat16)
+
+
+def _blocked_attention(
+    q_butd: Tensor, k_bgsd: Tensor, v_bgse: Tensor, mask: Mask, scale: float, difference: Difference | None
+) -> Tensor:
+    q_butd, k_butd, v_bgse = _autocast(q_butd, _repeat(k_bgsd, q_butd.shape[1]), v_bgse)
+    if difference is None:
+        q_bmhtd, k_bmhtd, lambda_bht = q_butd.unsqueeze(1), k_butd.unsqueeze(1), None
+    else:
+        q_bmhtd, k_bmhtd, lambda_bht = difference.pairs(q_butd), difference.pairs(k_butd), difference.lambda_bht
+    v_bhte = _repeat(v_bgse, q_bmhtd.shape[2])
+    return mask.clear_empty(blocked_attention(q_bmhtd, k_bmhtd, v_bhte, lambda_bht, mask.allowed_b1ts, scale))
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In the type that autocast gives to attention, which an operator of our own has to ask for itself."""
+    if not torch.is_autocast_enabled("cpu"):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype("cpu")) for tensor in tensors)
+
+
+def _repeat(x_bgsd: Tensor, heads: int) -> Tensor:
+    """One key or value head per query head."""
+    repeats = heads // x_bgsd.shape[1]
+    return x_bgsd if repeats == 1 else x_bgsd.repeat_interleave(repeats, dim=1)
+
+
+def _values_of_keys(v_bgse: Tensor, key_heads: int, difference: Difference) -> Tensor:
+    """A value head for every key head, in the order of the keys: both maps of a head read the same values."""
+    if v_bgse.shape[1] == key_heads:
+        return v_bgse
+    return v_bgse.repeat_interleave(2, dim=1) if difference.neighbours else torch.cat([v_bgse, v_bgse], dim=1)

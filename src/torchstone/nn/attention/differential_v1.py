@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchstone.nn.attention.core import Difference
 from torchstone.nn.attention.heads import Heads, check_groups
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.norm.rmsnorm import RMSNorm
@@ -94,8 +95,9 @@ class DifferentialV1(AttentionMixer):
         q_btud, k_btud = self.position.rotate(q_btud, k_btud, span, offset)
         if self.kv_pairing == "flash":
             q_btud, k_btud = _first_maps_first(q_btud), _first_maps_first(k_btud)
-        heads_bthe = self._attend(q_btud, k_btud, v_btge, span, state, self._subtract, self._spread_values)
-        heads_bthe = self._normalise(heads_bthe)
+        difference = Difference(self.lambda_value().view(1, 1, 1), neighbours=self.kv_pairing == "naive")
+        heads_bthe = self._attend(q_btud, k_btud, v_btge, span, state, difference)
+        heads_bthe = self._normalise(heads_bthe).to(v_bte.dtype)
         if self.observation is not None:
             self.observation.heads = heads_bthe
         return self.w_o(heads_bthe.flatten(2)), state
@@ -120,21 +122,6 @@ class DifferentialV1(AttentionMixer):
     def residual_parameters(self) -> tuple[str, ...]:
         """Weights that write into the residual stream."""
         return ("w_o.weight",)
-
-    def _spread_values(self, v_bgse: Tensor) -> Tensor:
-        """Each value head for the two key sub-heads of its KV head, in the order of the keys."""
-        if self.kv_pairing == "flash":
-            return torch.cat([v_bgse, v_bgse], dim=1)
-        return v_bgse.repeat_interleave(2, dim=1)
-
-    def _subtract(self, subs_but: Tensor, rows: slice) -> Tensor:
-        """First minus λ times second of every pair, [b, 2h, …] → [b, h, …], for maps and for outputs, in fp32."""
-        if self.kv_pairing == "flash":
-            first, second = subs_but.chunk(2, dim=1)
-        else:
-            first, second = subs_but[:, 0::2], subs_but[:, 1::2]
-        fine = torch.promote_types(subs_but.dtype, torch.float32)
-        return first.to(fine) - self.lambda_value() * second.to(fine)
 
     def _normalise(self, heads_bthe: Tensor) -> Tensor:
         """RMSNorm over the channels of each head, in fp32, and the constant 1 − λ_init."""

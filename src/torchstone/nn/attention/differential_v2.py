@@ -15,10 +15,10 @@ train unstably, by the authors' account, and are refused.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from torchstone.errors import ConfigError
+from torchstone.nn.attention.core import Difference
 from torchstone.nn.attention.heads import Heads
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.position.base import Position
@@ -68,13 +68,8 @@ class DifferentialV2(AttentionMixer):
         q_btud, k_btgd = self.position.rotate(q_btud, k_btgd, span, offset)
         lambda_bth = gate_bth.float().sigmoid()
         self.mean_lambda = lambda_bth.detach().mean()
-        lambda_bht1 = lambda_bth.transpose(1, 2).unsqueeze(-1)
-
-        def subtract(subs_but: Tensor, rows: slice) -> Tensor:
-            first, second = subs_but.unflatten(1, (-1, 2)).unbind(2)
-            return first - lambda_bht1[:, :, rows].to(first.dtype) * second
-
-        heads_bthd = self._attend(q_btud, k_btgd, v_btgd, span, state, combine=subtract)
+        difference = Difference(lambda_bth.transpose(1, 2), neighbours=True)
+        heads_bthd = self._attend(q_btud, k_btgd, v_btgd, span, state, difference).to(v_btgd.dtype)
         if self.observation is not None:
             self.observation.heads = heads_bthd
         return self.w_o(heads_bthd.flatten(2)), state

@@ -52,13 +52,6 @@ class Mask:
         """Zeros for the rows that see nothing."""
         return out_bhtd if self.empty_b1t1 is None else out_bhtd.masked_fill(self.empty_b1t1, 0.0)
 
-    def rows(self, rows: slice) -> Mask:
-        """The mask of some of the queries against the keys up to the last of them (all keys if not causal)."""
-        seen = slice(0, rows.stop) if self.causal else slice(None)
-        allowed = None if self.allowed_b1ts is None else self.allowed_b1ts[:, :, rows, seen]
-        empty = None if self.empty_b1t1 is None else self.empty_b1t1[:, :, rows]
-        return Mask(allowed, empty, self.causal)
-
 
 OPEN = Mask(None, None, causal=False)
 CAUSAL = Mask(None, None, causal=True)

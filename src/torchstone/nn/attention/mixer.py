@@ -5,12 +5,10 @@ Shapes: b batch · u query sub-heads · h heads · g key heads · t queries · s
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from torchstone.nn.attention.core import Combine, attend
+from torchstone.nn.attention.core import Difference, attend
 from torchstone.nn.attention.mask import parallel_mask, step_mask
 from torchstone.nn.attention.observe import Observable
 from torchstone.nn.span import Span
@@ -65,8 +63,7 @@ class AttentionMixer(Observable):
         v_btge: Tensor,
         span: Span,
         state: KVCache | None,
-        combine: Combine | None = None,
-        spread_values: Callable[[Tensor], Tensor] | None = None,
+        difference: Difference | None = None,
     ) -> Tensor:
         """Attention outputs [b, t, h, e] of the new tokens, with the old keys where there is a state."""
         q_butd, k_bgsd, v_bgse = q_btud.transpose(1, 2), k_btgd.transpose(1, 2), v_btge.transpose(1, 2)
@@ -83,8 +80,7 @@ class AttentionMixer(Observable):
             v_bgse,
             mask,
             scale=self.scale,
-            combine=combine,
-            spread_values=spread_values,
+            difference=difference,
             dropout=self.dropout if self.training else 0.0,
             observation=self.observation,
         )

@@ -1,0 +1,184 @@
+"""Attention for short sequences on the CPU: explicit maps, made for one block of queries at a time.
+
+    maps_m = softmax(scale · q_m k_mᵀ),   weights = maps_1, or maps_1 − λ maps_2,   out = weights · v
+
+A block of queries reads only the keys up to its last query, which saves nearly half of the work of full maps, and two
+maps are subtracted before the values are read once. Every step is one library call on a block that fits the cache;
+the maps are kept, in the inputs' precision, for the backward pass.
+
+Shapes: b batch · m maps of a head (1 or 2) · h heads · t queries and as many keys · d key channels · e value channels ·
+n = b·m·h.
+
+Why not torch's fused kernel: on CPUs in bf16 it needs 1.5 to 4 times as long, and it cannot combine maps. Why not plain
+operations under torch.compile: every block size becomes kernels of its own, minutes of compilation. This is one opaque
+operator with a gradient of its own, the same with and without compilation.
+
+Pitfalls: memory grows with t² (0.55 to 0.75 of b·m·h·t² values per layer). In bf16 the scores are rounded before the softmax,
+whose arithmetic is fp32. The operator has no second derivative.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+SMALLEST_BLOCK, LARGEST_BLOCK = 32, 128  # queries
+
+
+def blocked_attention(
+    q_bmhtd: Tensor,
+    k_bmhtd: Tensor,
+    v_bhte: Tensor,
+    lambda_bht: Tensor | None,
+    allowed_b1ts: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Causal attention outputs [b, h, t, e].
+
+    Args:
+        q_bmhtd, k_bmhtd, v_bhte: one key and value head per query head.
+        lambda_bht: fp32, of a shape that broadcasts to [b, h, t]; None exactly where m = 1.
+        allowed_b1ts: visibility beyond causality, or None; must not make a later key visible.
+        scale: factor of the scores.
+    """
+    keep = torch.is_grad_enabled()
+    return _attention(q_bmhtd, k_bmhtd, v_bhte, lambda_bht, allowed_b1ts, scale, keep)[0]
+
+
+def _blocks(length: int) -> Iterator[slice]:
+    """The queries of each block."""
+    block = min(max(ceil(length / 4), SMALLEST_BLOCK), LARGEST_BLOCK)
+    for start in range(0, length, block):
+        yield slice(start, min(start + block, length))
+
+
+@torch.library.custom_op("torchstone::blocked_attention", mutates_args=())
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, allowed: Tensor | None, scale: float, keep: bool
+) -> list[Tensor]:
+    """Output, then (with `keep`) the maps [n, rows, seen] of every block."""
+    b, m, h, t, d = q.shape
+    q_ntd, k_ntd = q.reshape(-1, t, d), k.reshape(-1, t, d)
+    v_hte = v.reshape(b * h, t, -1)
+    out = v.new_empty(b, h, t, v.shape[-1])
+    kept = []
+    for rows in _blocks(t):
+        maps = _maps(q_ntd[:, rows], k_ntd[:, : rows.stop], allowed, rows, scale, (b, m * h))
+        weights = _weights(maps, lam, rows, (b, m, h))
+        out[:, :, rows] = (weights @ v_hte[:, : rows.stop]).unflatten(0, (b, h))
+        if keep:
+            kept.append(maps)
+    return [out, *kept]
+
+
+@_attention.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, allowed: Tensor | None, scale: float, keep: bool
+) -> list[Tensor]:
+    b, m, h, t, _ = q.shape
+    out = v.new_empty(b, h, t, v.shape[-1])
+    sizes = [(rows.stop - rows.start, rows.stop) for rows in _blocks(t)] if keep else []
+    return [out, *(q.new_empty(b * m * h, *size) for size in sizes)]
+
+
+def _maps(
+    q_nrd: Tensor, k_nsd: Tensor, allowed: Tensor | None, rows: slice, scale: float, shape: tuple[int, int]
+) -> Tensor:
+    """The maps of one block, [n, rows, seen]."""
+    count, seen = q_nrd.shape[1], k_nsd.shape[1]
+    scores = q_nrd.new_empty(q_nrd.shape[0], count, seen)
+    scores.baddbmm_(q_nrd, k_nsd.transpose(1, 2), beta=0, alpha=scale)
+    if allowed is None:
+        later = torch.ones(count, count, dtype=torch.bool, device=scores.device).triu(1)
+        scores[:, :, rows].masked_fill_(later, -torch.inf)
+    else:
+        scores.unflatten(0, shape).masked_fill_(~allowed[:, :, rows, :seen], -torch.inf)
+    return scores.softmax(dim=-1)
+
+
+def _weights(maps: Tensor, lam: Tensor | None, rows: slice, shape: tuple[int, int, int]) -> Tensor:
+    """What multiplies the values, [b·h, rows, seen]."""
+    if lam is None:
+        return maps
+    first, second = maps.unflatten(0, shape).unbind(1)
+    lam = _rows_of(lam, rows).unsqueeze(-1).to(maps.dtype)
+    return torch.addcmul(first, second, lam, value=-1).flatten(0, 1)
+
+
+def _rows_of(lam: Tensor, rows: slice) -> Tensor:
+    return lam if lam.shape[-1] == 1 else lam[..., rows]
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    q, k, v, lam, _, scale, _ = inputs
+    ctx.save_for_backward(q, k, v, lam, *output[1:])
+    ctx.scale = scale
+
+
+def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Tensor | None, ...]:
+    q, k, v, lam, *maps = ctx.saved_tensors
+    gradients = _attention_backward(grads[0], q, k, v, lam, maps, ctx.scale)
+    grad_lam = None if lam is None else gradients[3].sum_to_size(lam.shape)
+    return gradients[0], gradients[1], gradients[2], grad_lam, None, None, None
+
+
+@torch.library.custom_op("torchstone::blocked_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, maps: list[Tensor], scale: float
+) -> list[Tensor]:
+    """Gradients of q, k, v and, with λ, of λ at every [b, h, t]."""
+    b, m, h, t, d = q.shape
+    q_ntd, k_ntd = q.reshape(-1, t, d), k.reshape(-1, t, d)
+    v_hte, grad_hte = v.reshape(b * h, t, -1), grad.reshape(b * h, t, -1)
+    grad_q = torch.empty_like(q_ntd)
+    fine = torch.promote_types(q.dtype, torch.float32)
+    grad_k, grad_v = torch.zeros_like(k_ntd, dtype=fine), torch.zeros_like(v_hte, dtype=fine)
+    grad_lam = grad.new_empty(b, h, t, dtype=fine)
+    for rows, block in zip(_blocks(t), maps, strict=True):
+        seen, grad_rows = rows.stop, grad_hte[:, rows]
+        grad_v[:, :seen] += _weights(block, lam, rows, (b, m, h)).transpose(1, 2) @ grad_rows
+        grad_weights = grad_rows @ v_hte[:, :seen].transpose(1, 2)
+        if lam is not None:
+            second = block.unflatten(0, (b, m, h))[:, 1].reshape(b * h, *block.shape[1:])
+            output = (second @ v_hte[:, :seen]).to(fine)
+            grad_lam[:, :, rows] = -(grad_rows * output).sum(-1).unflatten(0, (b, h))
+            minus = -_rows_of(lam, rows).expand(b, h, seen - rows.start).unsqueeze(-1).to(grad.dtype)
+            both = [grad_weights.unflatten(0, (b, h)), grad_weights.unflatten(0, (b, h)) * minus]
+            grad_weights = torch.stack(both, dim=1).flatten(0, 2)
+        grad_scores = torch._softmax_backward_data(grad_weights, block, -1, block.dtype)
+        grad_q[:, rows].baddbmm_(grad_scores, k_ntd[:, :seen], beta=0, alpha=scale)
+        grad_k[:, :seen] += grad_scores.transpose(1, 2) @ q_ntd[:, rows]
+    grad_k *= scale
+    shaped = [grad_q.view(q.shape), grad_k.to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)]
+    return shaped if lam is None else [*shaped, grad_lam]
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, maps: list[Tensor], scale: float
+) -> list[Tensor]:
+    shaped = [x.new_empty(x.shape) for x in (q, k, v)]
+    return shaped if lam is None else [*shaped, grad.new_empty(grad.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))]
+
+
+_attention.register_autograd(_backward, setup_context=_setup)
+
+
+@register_flop_formula(torch.ops.torchstone.blocked_attention)
+def _flops(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """Forward FLOPs, maps in full, as torch counts its own attention."""
+    b, m, h, t, d = q
+    return 2 * b * h * t * t * (m * d + v[-1])
+
+
+@register_flop_formula(torch.ops.torchstone.blocked_attention_backward)
+def _backward_flops(
+    grad: tuple[int, ...], q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any
+) -> int:
+    """Twice the forward pass; nothing is recomputed, but for the small part that λ's gradient needs."""
+    return 2 * _flops(q, k, v)
