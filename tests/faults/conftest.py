@@ -14,11 +14,23 @@ from torchstone.storage.hashing import file_hash
 from torchstone.train.checkpoint import CheckpointStore
 
 
-@pytest.fixture
-def fast_path() -> Iterator[Path]:
+def in_memory() -> tempfile.TemporaryDirectory[str]:
     """A scratch folder in memory where there is one: killed processes lose nothing there either, and flushing is free."""
     root = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
-    with tempfile.TemporaryDirectory(prefix="torchstone-", dir=root) as folder:
+    return tempfile.TemporaryDirectory(prefix="torchstone-", dir=root)
+
+
+@pytest.fixture
+def fast_path() -> Iterator[Path]:
+    """A folder in memory for one test."""
+    with in_memory() as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def memory_path() -> Iterator[Path]:
+    """A folder in memory for all tests of a module."""
+    with in_memory() as folder:
         yield Path(folder)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import shutil
+import signal
 import time
 
 import pytest
@@ -17,20 +20,42 @@ RECIPE = tiny_recipe(
 )  # fmt: skip
 
 
+RECORDS = 30 + 5  # of training steps and evaluations
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(zygote, tmp_path_factory, weights):
-    """Weights of the run that nothing disturbed, and how long it took."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
+def uninterrupted(zygote, memory_path, weights):
+    """Weights of the run that nothing disturbed, and seconds between two of its records."""
     begun = time.monotonic()
-    assert zygote.run(RECIPE, directory) == 0
-    return weights(directory), time.monotonic() - begun
+    assert zygote.run(RECIPE, memory_path / "whole") == 0
+    return weights(memory_path / "whole"), (time.monotonic() - begun) / RECORDS
+
+
+def lines(path):
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def kill(zygote, directory, records, delay):
+    """Start the run, and kill it some time after it has written some records; True if it was still running."""
+    metrics = directory / "metrics.jsonl"
+    enough = lines(metrics) + records
+    pid = zygote.start(RECIPE, directory)
+    try:
+        while lines(metrics) < enough:
+            os.kill(pid, 0)
+            time.sleep(0.0005)
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    return zygote.wait() == -signal.SIGKILL
 
 
 def finish(zygote, directory, kills):
-    """Kill after each of the given delays, then let the run finish; every checkpoint on the way must load."""
+    """Kill once for each (records, delay), then let the run finish; every checkpoint on the way must load."""
     killed = 0
-    for delay in kills:
-        killed += zygote.run(RECIPE, directory, kill_after=delay) == -9
+    for records, delay in kills:
+        killed += kill(zygote, directory, records, delay)
         store = CheckpointStore(directory / "checkpoints")
         if store.steps():
             store.load()
@@ -38,29 +63,32 @@ def finish(zygote, directory, kills):
     return killed
 
 
-def test_f01_killed_at_a_random_instant(zygote, uninterrupted, weights, trials, fast_path):
-    expected, seconds = uninterrupted
+def test_f01_killed_at_a_random_instant(zygote, uninterrupted, weights, trials, memory_path):
+    expected, pace = uninterrupted
     generator = random.Random(1)
     count = trials(20)
     killed = 0
     for trial in range(count):
-        directory = fast_path / f"run-{trial}"
-        killed += finish(zygote, directory, [generator.uniform(0, seconds)])
+        directory = memory_path / f"once-{trial}"
+        killed += finish(zygote, directory, [(generator.randrange(RECORDS), generator.uniform(0, pace))])
         assert weights(directory) == expected, f"trial {trial}"
+        shutil.rmtree(directory)
     assert killed > count // 2, "most kills came too late to mean anything"
 
 
-def test_f03_killed_twice_and_right_after_a_resume(zygote, uninterrupted, weights, trials, fast_path):
-    expected, seconds = uninterrupted
+def test_f03_killed_twice_and_right_after_a_resume(zygote, uninterrupted, weights, trials, memory_path):
+    expected, pace = uninterrupted
     generator = random.Random(3)
     for trial in range(max(4, trials(20) // 5)):
-        directory = fast_path / f"run-{trial}"
-        finish(zygote, directory, [generator.uniform(0.2, 0.7) * seconds, generator.uniform(0, 0.3) * seconds, 0.02])
+        directory = memory_path / f"thrice-{trial}"
+        middle, soon, at_once = generator.randrange(8, 24), generator.randrange(8), 0
+        finish(zygote, directory, [(records, generator.uniform(0, pace)) for records in (middle, soon, at_once)])
         assert weights(directory) == expected, f"trial {trial}"
+        shutil.rmtree(directory)
 
 
-def test_evaluation_and_saving_never_advance_training(zygote, uninterrupted, weights, fast_path):
+def test_evaluation_and_saving_never_advance_training(zygote, uninterrupted, weights, memory_path):
     expected, _ = uninterrupted
     quiet = {**RECIPE, "evaluation": {"every": None, "sequences": 16}, "checkpoint": {"every": None, "keep": 1}}
-    assert zygote.run(quiet, fast_path / "run") == 0
-    assert weights(fast_path / "run") == expected
+    assert zygote.run(quiet, memory_path / "quiet") == 0
+    assert weights(memory_path / "quiet") == expected

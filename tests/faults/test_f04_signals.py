@@ -42,16 +42,11 @@ def test_f04_one_signal_saves_within_a_step(zygote, tmp_path, number):
 
 
 def test_f04_a_second_signal_ends_at_once(zygote, tmp_path):
-    slow = tiny_recipe(budget={"steps": 10}, batch={"sequences": 16384})
-    pid = zygote.start(slow, tmp_path / "run")
-    end = time.monotonic() + 30
-    while not (tmp_path / "run" / "run.json").exists():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    time.sleep(0.1)
-    os.kill(pid, signal.SIGTERM)
-    time.sleep(0.1)
-    os.kill(pid, signal.SIGTERM)
+    """Both arrive while the child is stopped, so that it cannot save between them."""
+    pid = zygote.start(LONG, tmp_path / "run")
+    wait_for_steps(tmp_path / "run")
+    for number in (signal.SIGSTOP, signal.SIGTERM, signal.SIGINT, signal.SIGCONT):
+        os.kill(pid, number)
     assert zygote.wait() == 75
     assert CheckpointStore(tmp_path / "run" / "checkpoints").steps() == []
 

@@ -66,7 +66,7 @@ def test_f05_while_recording_metrics(zygote, weights, tmp_path):
     assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
-def test_f05_before_the_start(zygote, tmp_path):
+def test_f05_before_the_start(tmp_path):
     """What the checkpoints of a run will take is compared with the free space before the first step."""
     script = (
         "import json, shutil, sys, collections\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 
 import pytest
 
@@ -154,6 +155,29 @@ def test_two_runners_on_one_directory_share_the_cells(coin, tmp_path):
     for thread in threads:
         thread.join(60)
     assert len(results) == 2
+    assert sorted(coin.runs) == [(arm, seed) for arm in "ab" for seed in range(3)]
+
+
+def test_two_runners_that_start_at_once_prepare_once(coin, tmp_path):
+    """Preparation measures, so two answers could differ, and the cells of one would be refused by the other."""
+    barrier, slow = threading.Barrier(2), coin.prepare
+
+    def prepare(arms, settings, directory):
+        time.sleep(0.3)
+        return slow(arms, settings, directory)
+
+    coin.prepare = prepare
+
+    def work():
+        barrier.wait()
+        run_study(coin, options(tmp_path), Quiet())
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert coin.prepared == 1
     assert sorted(coin.runs) == [(arm, seed) for arm in "ab" for seed in range(3)]
 
 

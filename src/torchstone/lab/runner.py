@@ -160,11 +160,18 @@ class StudyRun:
         }
 
     def prepare(self, executor: Executor) -> None:
-        """Do the study's preparation once and keep its answer."""
-        path = self.out / "prepared.json"
-        if path.exists():
-            self.prepared = json.loads(path.read_text())
-            return
+        """Do the study's preparation once, in one of the processes that share the directory, and keep its answer."""
+        path, lease = self.out / "prepared.json", Lease(self.out / "prepare.lease", ttl=LEASE_SECONDS)
+        while not path.exists() and not lease.acquire():
+            time.sleep(WAIT_SECONDS)
+        try:
+            if not path.exists():
+                self._prepare(executor, path)
+        finally:
+            lease.release()
+        self.prepared = json.loads(path.read_text())
+
+    def _prepare(self, executor: Executor, path: Path) -> None:
         payload = {
             **self._payload("prepare", self.out / "prepare"),
             "arms": [asdict(arm) for arm in self.arms],
@@ -173,8 +180,7 @@ class StudyRun:
         event = self._final_event(executor)
         if event.kind != "done":
             raise StudyError(f"the study cannot be prepared: {event.error}")
-        self.prepared = event.value
-        atomic_write(path, json.dumps(self.prepared, indent=1) + "\n")
+        atomic_write(path, json.dumps(event.value, indent=1) + "\n")
 
     def _final_event(self, executor: Executor) -> Event:
         while True:

@@ -1,0 +1,75 @@
+"""What is refused before the first step: too little memory, a full disk, ranks that cannot share, missing sinks."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+from tiny import tiny_recipe
+
+from torchstone.errors import CheckpointError, ConfigError, DependencyError
+from torchstone.recipe.load import load_recipe
+from torchstone.train import preflight
+from torchstone.train.budget import counts_of
+from torchstone.train.checkpoint import CheckpointStore
+from torchstone.train.distributed import World
+
+CPU = torch.device("cpu")
+
+
+def check(tmp_path, world=None, **changes):
+    recipe = load_recipe(tiny_recipe(**changes))
+    store = CheckpointStore(tmp_path / "checkpoints", recipe.checkpoint.keep)
+    preflight.check_run(recipe, counts_of(recipe), world or World(0, 1, CPU), store)
+
+
+def test_a_small_run_passes(tmp_path):
+    check(tmp_path)
+
+
+def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"a training step of 1000000000 sequences needs about .* GB .*batch\.micro lower"):
+        check(tmp_path, batch={"sequences": 10**9})
+    check(tmp_path, batch={"sequences": 10**9, "micro": 4})
+
+
+def test_ranks_need_memory_for_their_share_only(monkeypatch):
+    recipe = load_recipe(tiny_recipe(batch={"sequences": 4096}))
+    counts = counts_of(recipe)
+    asked = []
+    monkeypatch.setattr(preflight, "check_memory", lambda recipe, counts, rows, available: asked.append(rows))
+    preflight.check_run(recipe, counts, World(1, 4, CPU), CheckpointStore("unused"))
+    assert asked == [1024]
+
+
+def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):
+    whole = preflight.device_memory(CPU)
+    assert whole > 1e8
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(preflight, "CONTROL_GROUP", limit)
+    limit.write_text("12345678\n")
+    assert preflight.device_memory(CPU) == 12345678
+    limit.write_text("max\n")
+    assert preflight.device_memory(CPU) >= whole
+
+
+def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr("torchstone.train.checkpoint.shutil.disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match="GB free"):
+        check(tmp_path)
+    check(tmp_path, world=World(1, 2, CPU))  # only the leading rank writes
+
+
+def test_ranks_that_cannot_share_the_batch_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be shared by 3 processes"):
+        check(tmp_path, world=World(0, 3, CPU))
+
+
+def test_a_sink_that_is_not_installed_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    assert importlib.util.find_spec("tensorboard") is not None
+    with pytest.raises(DependencyError, match=r"pip install 'torchstone\[tensorboard\]'"):
+        check(tmp_path, sinks=["tensorboard"])
+    assert not list(tmp_path.iterdir())
