@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 from scipy.stats import binomtest
 
-from torchstone.lab.compare import METRICS, Comparison
+from torchstone.lab.comparison import METRICS, Comparison
+from torchstone.lab.runner import Runnable
 from torchstone.lab.study import Claim, Scale
 from torchstone.lab.training import TrainingStudy, Variant
 from torchstone.recipe.load import load_recipe
@@ -68,7 +69,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/a-a"))
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    finished = Twins(options.comparisons, options.seeds).run("toy", out=options.out)
+    finished = Runnable(Twins(options.comparisons, options.seeds)).run("toy", out=options.out)
     counts = Counter(verdict.status for verdict in finished.verdicts)
     differences = np.array([pair.contrast for verdict in finished.verdicts for pair in verdict.pairs])
     covered = sum(v.interval is not None and v.interval.low <= 0 <= v.interval.high for v in finished.verdicts)

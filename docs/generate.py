@@ -15,8 +15,8 @@ import sys
 import textwrap
 from pathlib import Path
 
-from torchstone.report.result import Result, Verdict
 from torchstone.methods import METHODS
+from torchstone.report.result import Result, Verdict
 from torchstone.report.write import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,7 +74,7 @@ def methods_table() -> str:
 
 def paper(method: object) -> str:
     """Title with its link."""
-    title, url = getattr(method, "title"), getattr(method, "url")  # noqa: B009
+    title, url = getattr(method, "title"), getattr(method, "url")
     return f"[{title}]({url})" if url else title
 
 

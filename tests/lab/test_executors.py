@@ -12,7 +12,8 @@ import pytest
 from tiny import tiny_recipe
 
 from torchstone.errors import ConfigError, DependencyError
-from torchstone.lab.compare import SCALE, Comparison, compare
+from torchstone.lab.compare import compare
+from torchstone.lab.comparison import SCALE, Comparison
 from torchstone.lab.executors import Job, make_executor
 from torchstone.lab.executors.local import LocalExecutor
 from torchstone.lab.progress import Quiet

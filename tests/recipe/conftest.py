@@ -11,7 +11,8 @@ from pydantic import Field
 
 from torchstone.recipe import registry
 from torchstone.recipe.load import load_recipe
-from torchstone.recipe.part import Part, part_field
+from torchstone.recipe.part import Part
+from torchstone.recipe.registry import part_field
 from torchstone.recipe.schema import Recipe, Section
 
 

@@ -168,7 +168,7 @@ def test_of_many_who_see_a_stale_lease_one_wins(tmp_path):
             lease.release()
 
 
-def _dead_pid(_found: list[int] = []) -> int:  # noqa: B006 - one process for the whole file
+def _dead_pid(_found: list[int] = []) -> int:
     if not _found:
         process = subprocess.Popen([sys.executable, "-S", "-c", ""])
         process.wait()

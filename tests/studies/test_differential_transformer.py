@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torchstone.lab.progress import Quiet
+from torchstone.lab.runner import Runnable
 from torchstone.recipe.load import load_recipe
 from torchstone.report.write import load
 from torchstone.studies.differential_transformer import DifferentialTransformer
@@ -29,7 +30,7 @@ def test_arms_are_matched_and_differ_by_their_intervention_only():
 
 
 def test_smoke(tmp_path):
-    finished = DifferentialTransformer().run("smoke", seeds=1, out=tmp_path, on="inline", progress=Quiet())
+    finished = Runnable(DifferentialTransformer()).run("smoke", seeds=1, out=tmp_path, on="inline", progress=Quiet())
     assert [cell.error for cell in finished.result.cells if cell.status != "done"] == []
     assert {verdict.status for verdict in finished.verdicts} == {"inconclusive"}
     again = load(tmp_path)

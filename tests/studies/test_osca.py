@@ -8,6 +8,7 @@ import pytest
 
 from torchstone.data.published import SOURCES, notice, published
 from torchstone.errors import DataError
+from torchstone.lab.runner import Runnable
 from torchstone.report.result import Result
 from torchstone.studies import _osca
 from torchstone.studies.osca import MIXED, PURE, QUESTIONS, Osca
@@ -17,7 +18,7 @@ needs_table = pytest.mark.skipif(published(_osca.DATA) is None, reason=notice(_o
 
 @pytest.fixture(scope="module")
 def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
-    return Osca().run("smoke", out=tmp_path_factory.mktemp("osca"), on="inline").result
+    return Runnable(Osca()).run("smoke", out=tmp_path_factory.mktemp("osca"), on="inline").result
 
 
 def test_every_cell_and_claim_is_there(result: Result) -> None:
@@ -60,7 +61,7 @@ def test_compute_saved_on_the_published_split() -> None:
 
 def test_generated_arm_without_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHSTONE_DATA", str(tmp_path / "nowhere"))
-    result = Osca().run("smoke", out=tmp_path / "run", on="inline").result
+    result = Runnable(Osca()).run("smoke", out=tmp_path / "run", on="inline").result
     note = " ".join(result.notes)
     source = SOURCES[_osca.DATA]
     assert "GENERATED DATA" in note

@@ -6,6 +6,7 @@ plant; the answer is the child's process id, then its exit status (negative: kil
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -53,10 +54,8 @@ class Zygote:
         pid = self.start(recipe, directory, **request)
         if kill_after is not None:
             time.sleep(kill_after)
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
-            except ProcessLookupError:
-                pass
         return self.wait()
 
     def close(self) -> None:
@@ -112,12 +111,11 @@ def _main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import torch._dynamo
     from tiny import tiny_recipe
 
     from torchstone.recipe.load import load_recipe
     from torchstone.train import run  # noqa: F401
-
-    import torch._dynamo  # noqa: F401  (optimizers import it, which takes seconds)
 
     load_recipe(tiny_recipe())  # imports every part once, before forking
 

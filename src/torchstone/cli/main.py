@@ -24,9 +24,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from torchstone import __version__
 from torchstone.errors import ConfigError, InterruptedRun, TorchstoneError
 from torchstone.storage.names import safe_text
+from torchstone.version import __version__
 
 VERBS = {
     "compare": "Train a baseline and its arms, matched and over paired seeds, and judge each arm.",

@@ -62,10 +62,10 @@ def run(
     ] = None,
 ) -> None:
     """Run a study to its verdicts and write result.json, report.html and report.md."""
-    from torchstone.lab.catalogue import study as find
+    import torchstone.studies
     from torchstone.report.terminal import print_verdicts
 
-    finished = find(slug).run(
+    finished = torchstone.studies[slug].run(
         scale, seeds=seeds, out=out, on=on, jobs=jobs, max_seeds=max_seeds if until_decided else None
     )
     print_verdicts(finished.result, finished.directory)

@@ -32,7 +32,8 @@ from torchstone.data.source import DocumentSpan, row_range
 from torchstone.data.split import split
 from torchstone.data.tokenizer import Tokenizer
 from torchstone.errors import DataError
-from torchstone.recipe.part import Part, part_field
+from torchstone.recipe.part import Part
+from torchstone.recipe.registry import part_field
 from torchstone.storage.hashing import fingerprint_of
 
 

@@ -46,7 +46,7 @@ def study(slug: str) -> Study:
 def from_reference(reference: Mapping[str, Any]) -> Study:
     """The study that `Study.reference()` described."""
     if "comparison" in reference:
-        from torchstone.lab.compare import Comparison
+        from torchstone.lab.comparison import Comparison
 
         return Comparison.from_spec(reference["comparison"])
     return study(reference["slug"])

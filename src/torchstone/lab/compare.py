@@ -9,120 +9,20 @@ margin. The default metric is the held-out loss at the end of training.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torchstone.errors import ConfigError
+from torchstone.lab.comparison import BASELINE, METRICS, SCALE, Comparison
 from torchstone.lab.progress import Progress, choose_progress
 from torchstone.lab.runner import Finished, RunOptions, StudyRun, run_study
-from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
-from torchstone.lab.training import Matching, TrainingStudy, Tuned, Variant, require_grid
+from torchstone.lab.training import Matching, Variant, require_grid
 from torchstone.lab.tuning import FACTORS, tune
 from torchstone.recipe.arms import parse_arm
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
-from torchstone.report.result import Metric
-
-# Standard deviation of the paired difference between two identical arms that differ only in their random stream, from the
-# 40 A/A comparisons in docs/statistics.md; used for the minimum detectable effect before a run.
-ASSUMED_SD = {"validation_loss": 0.01}
-BASELINE = "baseline"
-SCALE = "compare"
-METRICS = {
-    "validation_loss": Metric(
-        name="validation_loss", label="validation loss", unit="nats/token", better="lower"
-    ),
-    "accuracy": Metric(name="accuracy", label="answer accuracy", better="higher"),
-}
-
-
-class Comparison(TrainingStudy):
-    """The study behind `torchstone compare`. Built from plain data, so that a worker can make it again."""
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        variants: Sequence[Variant],
-        matching: Matching | None,
-        metric: str,
-        margin: float,
-        seeds: int,
-        tuned: Tuned | None = None,
-    ) -> None:
-        self.recipe, self.arms_given, self.matching, self.seeds = recipe, tuple(variants), matching, seeds
-        self.baseline = BASELINE
-        self.title = "Compare: " + ", ".join(variant.name for variant in variants)
-        decisive = METRICS[metric]
-        word = "lower" if decisive.better == "lower" else "higher"
-        self.question = (
-            f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
-        )
-        self.metrics = (decisive,)
-        self.margin, self.tuned = margin, tuned
-        self.claims = tuple(self._claim(variant.name, decisive) for variant in variants)
-        self.scales = {SCALE: Scale(seeds)}
-
-    def _equal(self) -> str:
-        names = {"params": "parameters and tokens", "flops": "training FLOPs"}
-        return names[self.matching.on] if self.matching else "recipe (sizes not matched)"
-
-    def _claim(self, arm: str, metric: Metric) -> Claim:
-        lower = metric.better == "lower"
-        beyond = f" by more than {self.margin:g}" if self.margin else ""
-        return Claim(
-            id=arm,
-            sentence=f"{arm} has a {'lower' if lower else 'higher'} {metric.label} than the baseline{beyond}.",
-            metric=metric.name,
-            arm=arm,
-            baseline=BASELINE,
-            direction="less" if lower else "greater",
-            margin=-self.margin if lower else self.margin,
-            assumed_sd=ASSUMED_SD.get(metric.name),
-        )
-
-    def base(self, scale: Scale) -> Recipe:
-        """The recipe as given."""
-        return self.recipe
-
-    def variants(self, scale: Scale) -> Sequence[Variant]:
-        """The baseline and the arms."""
-        return [Variant(BASELINE, role="baseline"), *self.arms_given]
-
-    def reference(self) -> dict[str, Any]:
-        """The specification that `from_spec` reads."""
-        return {
-            "comparison": {
-                "recipe": self.recipe.data_dict(),
-                "variants": [asdict(variant) for variant in self.arms_given],
-                "matching": asdict(self.matching) if self.matching else None,
-                "metric": self.metrics[0].name,
-                "margin": self.margin,
-            }
-        }
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> Comparison:
-        """The comparison that `reference` described."""
-        variants = [
-            Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]
-        ]
-        matching = Matching(**spec["matching"]) if spec["matching"] else None
-        return cls(load_recipe(spec["recipe"]), variants, matching, spec["metric"], spec["margin"], seeds=1)
-
-    def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
-        """The tuning table, if rates were tuned."""
-        return Summary(tables=(self.tuned.table,) if self.tuned else ())
-
-    def command(self, scale: str) -> str:
-        """The command line that makes the same comparison from the recipe in the report."""
-        words = ["torchstone", "compare", "recipe.yaml"]
-        for variant in self.arms_given:
-            words += ["--arm", f"{variant.name}:{','.join(variant.overrides)}"]
-        words += ["--seeds", str(self.seeds), "--match", self.matching.on if self.matching else "none"]
-        return shlex.join(words)
 
 
 def _variants(arms: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Variant]:

@@ -25,10 +25,12 @@ def describe(study: Study, scale_name: str) -> Iterator[str]:
     yield "Claims"
     for claim in study.claims:
         yield f"  {claim.id}: {claim.sentence}"
-        yield f"    {claim.contrast} of {claim.metric}, {claim.arm} against {claim.baseline}, {claim.direction} than {claim.margin:g}"
+        pair = f"{claim.arm} against {claim.baseline}"
+        yield f"    {claim.contrast} of {claim.metric}, {pair}, {claim.direction} than {claim.margin:g}"
         detectable = effect_before(claim, Design.of(scale.seeds, None))
         if detectable is not None:
-            yield f"    detectable with {scale.seeds} seeds (80 % power, assumed s.d. {claim.assumed_sd:g}): {detectable:.3g}"
+            assumed = f"80 % power, assumed s.d. {claim.assumed_sd:g}"
+            yield f"    detectable with {scale.seeds} seeds ({assumed}): {detectable:.3g}"
     yield ""
     yield f"Arms at scale {scale_name}"
     for arm in study.check(scale):

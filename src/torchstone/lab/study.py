@@ -16,14 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from torchstone.errors import StudyError
 from torchstone.report.result import ArmRecord, Figure, Metric, PaperFigure, Series, Table
-
-if TYPE_CHECKING:
-    from torchstone.lab.progress import Progress
-    from torchstone.lab.runner import Finished
 
 
 @dataclass(frozen=True)
@@ -215,34 +211,3 @@ class Study(ABC):
                 )
         json.dumps([dict(arm.settings) for arm in arms])
         return arms
-
-    def run(
-        self,
-        scale: str = "toy",
-        *,
-        seeds: int | None = None,
-        out: str | Path | None = None,
-        on: str = "local",
-        jobs: int | None = None,
-        max_seeds: int | None = None,
-        progress: Progress | None = None,
-    ) -> Finished:
-        """Run the study and write `result.json`, `report.html` and `report.md` into `out`.
-
-        Args:
-            scale: one of `scales`.
-            seeds: number of paired seeds; None takes the scale's.
-            out: directory; None makes `runs/<name>-<scale>-<fingerprint>`. The same directory continues.
-            on: `local` (processes on this machine), `inline` (this process), `ray` or `ray://address`.
-            jobs: worker processes; None chooses from cores and model size.
-            max_seeds: if given, seeds are added up to this number under the group-sequential rule until every
-                claim is decided.
-            progress: where progress is shown; None chooses by the terminal.
-
-        Raises:
-            StudyError: unknown scale, or `out` holds a different study.
-        """
-        from torchstone.lab.runner import RunOptions, run_study
-
-        options = RunOptions(scale=scale, seeds=seeds, out=out, on=on, jobs=jobs, max_seeds=max_seeds)
-        return run_study(self, options, progress=progress)

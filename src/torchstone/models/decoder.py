@@ -23,7 +23,8 @@ from torchstone.nn.context import BuildContext
 from torchstone.nn.embedding import TokenEmbedding
 from torchstone.nn.span import Span
 from torchstone.nn.state import DecoderState
-from torchstone.recipe.part import Part, part_field
+from torchstone.recipe.part import Part
+from torchstone.recipe.registry import part_field
 from torchstone.recipe.schema import Section
 
 

@@ -18,10 +18,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-from torchstone import __version__
 from torchstone.errors import DependencyError
 from torchstone.recipe.schema import Recipe
 from torchstone.storage.hashing import file_hash, fingerprint_of
+from torchstone.version import __version__
 
 OPERATIONAL = ("checkpoint", "sinks")
 HASHED_PACKAGES = ("nn", "models", "objectives", "optim", "data", "train", "llm")

@@ -2,8 +2,7 @@
 
 A part is a frozen pydantic model whose `kind` is a literal string. Its family (`mixer`, `position`, `corpus`
 …) is a class variable. `build(...)` makes the object; what it takes depends on the family. A field that holds
-a part is typed `part_field("mixer")`: YAML may give the kind alone (`mixer: differential`), a mapping with
-`kind`, or a Part.
+a part is typed with `registry.part_field`.
 
 Pitfall: kinds are resolved through the registry only; a recipe can never name a Python path.
 """
@@ -11,11 +10,10 @@ Pitfall: kinds are resolved through the registry only; a recipe can never name a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any, ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
 
 
 class Strict(BaseModel):
@@ -58,26 +56,6 @@ class Part(Strict):
         """
         shared = set(cls.model_fields) - {"kind"}
         return {key: value for key, value in previous.items() if key in shared}
-
-
-@dataclass(frozen=True)
-class PartField:
-    """Mark in an annotation: this field holds a part of `family`."""
-
-    family: str
-
-
-def _coerce(family: str, value: Any) -> Part:
-    from torchstone.recipe.registry import parse_part
-
-    return parse_part(family, value)
-
-
-def part_field(family: str) -> Any:
-    """The annotation of a field that holds any part of `family` (resolved through the registry)."""
-    return Annotated[
-        SerializeAsAny[Part], BeforeValidator(lambda value: _coerce(family, value)), PartField(family)
-    ]
 
 
 def plain(value: Any) -> Any:

@@ -14,10 +14,13 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BeforeValidator, SerializeAsAny
 
 from torchstone.errors import ConfigError
 from torchstone.kinds import KINDS
@@ -100,3 +103,18 @@ def parse_part(family: str, value: Any) -> Part:
         f"the {family} is a kind name or a mapping with 'kind'; {value!r:.60} was given. "
         f"Kinds: {', '.join(kinds(family))}."
     )
+
+
+@dataclass(frozen=True)
+class PartField:
+    """Mark in an annotation: this field holds a part of `family`."""
+
+    family: str
+
+
+def part_field(family: str) -> Any:
+    """The annotation of a field that holds any part of `family`.
+
+    YAML may give the kind alone (`mixer: differential`), a mapping with `kind`, or a Part.
+    """
+    return Annotated[SerializeAsAny[Part], BeforeValidator(lambda value: parse_part(family, value)), PartField(family)]

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from torchstone.recipe.part import Part, Strict, part_field
+from torchstone.recipe.part import Part, Strict
+from torchstone.recipe.registry import part_field
 
 
 class Section(Strict):

@@ -23,8 +23,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from torchstone.recipe.part import Part, PartField, plain
-from torchstone.recipe.registry import parse_part, part_class
+from torchstone.recipe.part import Part, plain
+from torchstone.recipe.registry import PartField, parse_part, part_class
 
 REQUIRED = object()
 

@@ -11,16 +11,17 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchstone.lab.study import Study
+    from torchstone.lab.runner import Runnable
 
 
 class _Studies(ModuleType):
     """A module that is also a read-only mapping."""
 
-    def __getitem__(self, slug: str) -> Study:
+    def __getitem__(self, slug: str) -> Runnable:
         from torchstone.lab.catalogue import study
+        from torchstone.lab.runner import Runnable
 
-        return study(slug)
+        return Runnable(study(slug))
 
     def __iter__(self) -> Iterator[str]:
         from torchstone.lab.catalogue import slugs

@@ -108,7 +108,8 @@ class DifferentialTransformer(TrainingStudy):
         more = (f"{MIXER}.heads={heads * 3 // 2}", f"{MIXER}.head_dim={dim}")
         text = (
             "data={kind: text, tokenizer: {kind: bpe, vocab_size: 1024}, length: 128}",
-            "model.initialisation={kind: normal, std: 0.02, embedding_std: null, scale_residual: true}", f"budget.steps={scale.settings['text_steps']}",
+            "model.initialisation={kind: normal, std: 0.02, embedding_std: null, scale_residual: true}",
+            f"budget.steps={scale.settings['text_steps']}",
             "batch.sequences=16", "schedule=cosine", "evaluation.every=100",
         )  # fmt: skip
         return [

@@ -18,10 +18,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torchstone import __version__
 from torchstone.errors import CheckpointError
 from torchstone.recipe.fingerprint import torch_version
 from torchstone.storage.hashing import bytes_hash, canonical_json, file_hash
+from torchstone.version import __version__
 
 SCHEMA = 1
 MANIFEST = "manifest.json"

@@ -1,6 +1,6 @@
 """Executor on a Ray cluster: one Ray task per job, results come back through Ray's object store.
 
-`--on ray` starts or joins the local cluster; `--on ray://host:10001` and `--on ray:HOST:PORT` join one. Cells write their checkpoints on the
+`--on ray` starts or joins the local cluster; `--on ray://HOST:PORT` joins another. Cells write their checkpoints on the
 worker's own disk; only the measurement comes back, so that no shared file system is needed. torchstone must be
 installed on every node (the same version: a cell whose code fingerprint differs is refused).
 

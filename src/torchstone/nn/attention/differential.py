@@ -20,7 +20,8 @@ from torchstone.nn.attention.differential_v1 import DifferentialV1, Pairing, sch
 from torchstone.nn.attention.differential_v2 import DifferentialV2
 from torchstone.nn.attention.heads import resolve_heads
 from torchstone.nn.context import BuildContext
-from torchstone.recipe.part import Part, part_field
+from torchstone.recipe.part import Part
+from torchstone.recipe.registry import part_field
 
 
 class DifferentialConfig(Part):

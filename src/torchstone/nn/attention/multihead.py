@@ -24,7 +24,8 @@ from torchstone.nn.position.base import Position
 from torchstone.nn.project import project
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
-from torchstone.recipe.part import Part, part_field
+from torchstone.recipe.part import Part
+from torchstone.recipe.registry import part_field
 
 
 class MultiHeadAttention(AttentionMixer):
