@@ -31,13 +31,9 @@ def _variants(arms: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Variant
     else:
         parsed = [parse_arm(arm) for arm in arms]
     if not parsed:
-        raise ConfigError(
-            "a comparison needs at least one arm, for example --arm model.block.mixer=differential."
-        )
+        raise ConfigError("a comparison needs at least one arm, for example --arm model.block.mixer=differential.")
     if any(name == BASELINE for name, _ in parsed):
-        raise ConfigError(
-            f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value."
-        )
+        raise ConfigError(f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value.")
     return [Variant(name, tuple(overrides)) for name, overrides in parsed]
 
 
@@ -89,9 +85,7 @@ def compare(
     if metric not in METRICS:
         raise ConfigError(f"cannot compare by {metric!r}; allowed: {', '.join(METRICS)}.")
     if margin < 0 or seeds < 1 or tune_seeds < 0:
-        raise ConfigError(
-            f"seeds must be ≥ 1, tune seeds and margin ≥ 0; given {seeds}, {tune_seeds}, {margin:g}."
-        )
+        raise ConfigError(f"seeds must be ≥ 1, tune seeds and margin ≥ 0; given {seeds}, {tune_seeds}, {margin:g}.")
     base = load_recipe(recipe)
     chosen = replace(options or RunOptions(), scale=SCALE, seeds=seeds, max_seeds=max_seeds, out=out)
     study = Comparison(base, _variants(arms), _matching(match), metric, margin, seeds)
@@ -113,6 +107,4 @@ def _tuned(
         options = replace(options, out=StudyRun(study, options, progress).out.with_suffix(".tuned"))
     metric = study.metrics[0].name
     tuned = tune(study, study.scales[SCALE], rates, tune_seeds, metric, options, progress)
-    return Comparison(
-        study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned
-    ), options
+    return Comparison(study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned), options

@@ -22,9 +22,7 @@ ASSUMED_SD = {"validation_loss": 0.01}
 BASELINE = "baseline"
 SCALE = "compare"
 METRICS = {
-    "validation_loss": Metric(
-        name="validation_loss", label="validation loss", unit="nats/token", better="lower"
-    ),
+    "validation_loss": Metric(name="validation_loss", label="validation loss", unit="nats/token", better="lower"),
     "accuracy": Metric(name="accuracy", label="answer accuracy", better="higher"),
 }
 
@@ -47,9 +45,7 @@ class Comparison(TrainingStudy):
         self.title = "Compare: " + ", ".join(variant.name for variant in variants)
         decisive = METRICS[metric]
         word = "lower" if decisive.better == "lower" else "higher"
-        self.question = (
-            f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
-        )
+        self.question = f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
         self.metrics = (decisive,)
         self.margin, self.tuned = margin, tuned
         self.claims = tuple(self._claim(variant.name, decisive) for variant in variants)
@@ -96,9 +92,7 @@ class Comparison(TrainingStudy):
     @classmethod
     def from_spec(cls, spec: Mapping[str, Any]) -> Comparison:
         """The comparison that `reference` described."""
-        variants = [
-            Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]
-        ]
+        variants = [Variant(**{**variant, "overrides": tuple(variant["overrides"])}) for variant in spec["variants"]]
         matching = Matching(**spec["matching"]) if spec["matching"] else None
         return cls(load_recipe(spec["recipe"]), variants, matching, spec["metric"], spec["margin"], seeds=1)
 

@@ -70,9 +70,7 @@ def match(
         BudgetError: no value of the dimension comes within the tolerance; the message holds the nearest.
     """
     if on not in ("params", "flops") or free not in FREE:
-        raise ConfigError(
-            f"cannot match {on!r} with {free!r}; match params or flops, free one of {', '.join(FREE)}."
-        )
+        raise ConfigError(f"cannot match {on!r} with {free!r}; match params or flops, free one of {', '.join(FREE)}.")
     if free == "steps" and on == "params":
         raise ConfigError(
             "training steps cannot change the number of parameters; match flops, or free another dimension."
@@ -93,9 +91,7 @@ def match(
     return matched, _record(on, axis.path, axis.now, value, target, achieved, tolerance)
 
 
-def _record(
-    on: On, free: str, before: Any, after: Any, target: float, achieved: float, tolerance: float
-) -> Match:
+def _record(on: On, free: str, before: Any, after: Any, target: float, achieved: float, tolerance: float) -> Match:
     return Match(
         on=on,
         free=free,

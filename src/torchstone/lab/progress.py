@@ -126,9 +126,7 @@ class Live(Quiet):
         if cell in self._cells:
             loss = state.get("loss")
             note = f"loss {loss:.3f}" if isinstance(loss, float) else ""
-            self._bars.update(
-                self._cells[cell], completed=state.get("step"), total=state.get("steps"), note=note
-            )
+            self._bars.update(self._cells[cell], completed=state.get("step"), total=state.get("steps"), note=note)
 
     def ended(self, cell: str, error: str) -> None:
         """Remove the cell's bar; a failure stays as a line."""

@@ -38,9 +38,7 @@ def measurement_data(measurement: Measurement) -> dict[str, Any]:
             raise StudyError(f"metric {name!r} is {value}; a cell's metrics must be finite numbers.")
     return {
         "metrics": {name: float(value) for name, value in measurement.metrics.items()},
-        "items": {
-            name: {key: float(v) for key, v in items.items()} for name, items in measurement.items.items()
-        },
+        "items": {name: {key: float(v) for key, v in items.items()} for name, items in measurement.items.items()},
         "series": {name: series.model_dump(mode="json") for name, series in measurement.series.items()},
         "extra": dict(measurement.extra),
         "tokens": measurement.tokens,
@@ -78,9 +76,7 @@ class CellRecords:
             data = json.loads(path.read_text())
             found = data["fingerprint"]
         except (ValueError, KeyError, TypeError) as error:
-            raise StudyError(
-                f"{path} is damaged ({error}); delete that folder to run the cell again."
-            ) from error
+            raise StudyError(f"{path} is damaged ({error}); delete that folder to run the cell again.") from error
         if found != fingerprint:
             raise StudyError(
                 f"{path} was measured under fingerprint {found}, this study's cell is {fingerprint}: recipe, code, torch "

@@ -14,11 +14,15 @@ An interrupt stops the workers (training saves its checkpoint) and the same comm
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torchstone.errors import InterruptedRun, StudyError
@@ -75,9 +79,7 @@ class StudyRun:
 
     def __init__(self, study: Study, options: RunOptions, progress: Progress) -> None:
         if options.scale not in study.scales:
-            raise StudyError(
-                f"scale {options.scale!r} is not one of this study's: {', '.join(study.scales)}."
-            )
+            raise StudyError(f"scale {options.scale!r} is not one of this study's: {', '.join(study.scales)}.")
         self.study, self.options, self.progress = study, options, progress
         self.scale: Scale = study.scales[options.scale]
         self.arms: list[Arm] = study.check(self.scale)
@@ -126,6 +128,33 @@ class StudyRun:
             "arms": [asdict(arm) for arm in self.arms],
         }
         atomic_write(path, json.dumps(plan, indent=1, default=str) + "\n")
+
+    @contextmanager
+    def executor(self) -> Iterator[Executor]:
+        """The executor that the options ask for; an interrupt stops its workers, which save their checkpoints."""
+        resources, on, jobs = self.study.resources(self.arms), self.options.on, self.options.jobs
+        slots = jobs or len(resources.devices) or max(1, cores() // resources.threads)
+        executor = make_executor(
+            on,
+            slots=jobs if on.startswith("ray") else slots,
+            threads=resources.threads,
+            logs=self.out / "logs",
+            devices=resources.devices,
+        )
+        interrupted = True
+        try:
+            with _interrupt_on_terminate():
+                yield executor
+            interrupted = False
+        except KeyboardInterrupt as stop:
+            self.progress.say("stopping; running cells save their checkpoints")
+            raise InterruptedRun(
+                f"interrupted; finished cells and checkpoints are in {self.out}. The same command continues."
+            ) from stop
+        finally:
+            executor.close(kill=interrupted)
+            if interrupted:
+                self.progress.close()
 
     # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,9 +217,7 @@ class StudyRun:
                 if event.kind != "progress":
                     return event
 
-    def run_cells(
-        self, executor: Executor, seeds: Sequence[int], title: str
-    ) -> dict[tuple[str, int], Outcome]:
+    def run_cells(self, executor: Executor, seeds: Sequence[int], title: str) -> dict[tuple[str, int], Outcome]:
         """Every arm × seed, from the records where they exist; a cell whose worker died is an outcome with an error."""
         wanted = {(arm.name, seed): arm for seed in seeds for arm in self.arms}
         outcomes: dict[tuple[str, int], Outcome] = {}
@@ -272,9 +299,7 @@ class StudyRun:
         arm = next(arm for arm in self.arms if arm.name == key[0])
         fingerprint = self.cell_fingerprint(arm, key[1])
         if event.kind == "done":
-            outcome = Outcome(
-                fingerprint, measurement_of(event.value["measurement"]), "", event.value["seconds"]
-            )
+            outcome = Outcome(fingerprint, measurement_of(event.value["measurement"]), "", event.value["seconds"])
         else:
             outcome = Outcome(fingerprint, None, event.error)
         if event.kind != "died":
@@ -350,6 +375,23 @@ class StudyRun:
         )
 
 
+@contextmanager
+def _interrupt_on_terminate() -> Iterator[None]:
+    """Inside the block SIGTERM is the same as Ctrl-C (in the main thread; elsewhere nothing changes)."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def run_study(study: Study, options: RunOptions, progress: Progress | None = None) -> Finished:
     """Run a study to its verdict and write the report; see the module's docstring for the order of things.
 
@@ -366,34 +408,17 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
             "rate. Run it without --until-decided."
         )
     history = Journal(run.out / "history.jsonl")
-    resources = study.resources(run.arms)
-    slots = options.jobs or max(1, cores() // resources.threads)
-    executor = make_executor(
-        options.on,
-        slots=options.jobs if options.on.startswith("ray") else slots,
-        threads=resources.threads,
-        logs=run.out / "logs",
-        devices=resources.devices,
-    )
-    interrupted = True
-    try:
+    outcomes: dict[tuple[str, int], Outcome] = {}
+    verdicts: list[Verdict] = []
+    with run.executor() as executor:
         run.prepare(executor)
-        outcomes: dict[tuple[str, int], Outcome] = {}
-        verdicts: list[Verdict] = []
         for look, n in enumerate(design.looks):
             title = study.title if len(design.looks) == 1 else f"{study.title}, look {look + 1}"
             outcomes |= run.run_cells(executor, range(n), title)
             verdicts = judge(study, outcomes, design, look, verdicts)
             if all(verdict.status != "inconclusive" for verdict in verdicts):
                 break
-        interrupted = False
-    except KeyboardInterrupt as stop:
-        raise InterruptedRun(
-            f"interrupted; finished cells and checkpoints are in {run.out}. The same command continues."
-        ) from stop
-    finally:
-        executor.close(kill=interrupted)
-        shown.close()
+    shown.close()
     peeks = _earlier_numbers(history, len({seed for _, seed in outcomes}), design)
     result = run.result(outcomes, verdicts, design.describe(), peeks)
     write(result, run.out)

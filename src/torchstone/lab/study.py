@@ -196,9 +196,7 @@ class Study(ABC):
         arms = list(self.arms(scale))
         names = [validate_name(arm.name, what="arm name") for arm in arms]
         if len(set(names)) != len(names):
-            raise StudyError(
-                f"arm names must differ; given: {', '.join(names)}. Name arms with NAME:key=value."
-            )
+            raise StudyError(f"arm names must differ; given: {', '.join(names)}. Name arms with NAME:key=value.")
         if self.baseline not in names:
             raise StudyError(f"baseline {self.baseline!r} is not among the arms: {', '.join(names)}.")
         metrics = {metric.name for metric in self.metrics}

@@ -192,7 +192,8 @@ class TrainingStudy(Study):
 
         recipes = {arm.name: load_recipe(arm.settings["recipe"]) for arm in arms}
         fingerprints = {name: recipe.data.build(None).fingerprint for name, recipe in recipes.items()}
-        return {"compute": choose_compute(recipes[self.baseline]).data(), "data": fingerprints}
+        baseline = next((arm.name for arm in arms if arm.role == "baseline"), arms[0].name)
+        return {"compute": choose_compute(recipes[baseline]).data(), "data": fingerprints}
 
     def measure(self, cell: Cell) -> Measurement:
         """Train the cell's recipe with its seed and take its numbers."""
@@ -239,17 +240,13 @@ def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Se
     """Training and validation loss as series against steps, tokens, FLOPs and seconds."""
     axes = ("steps", "tokens", "flops", "seconds")
     return {
-        f"{name} loss": Series(
-            axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"])
-        )
+        f"{name} loss": Series(axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"]))
         for name, record in history.items()
         if record["loss"]
     }
 
 
-def depth_figure(
-    cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str
-) -> tuple[Figure, ...]:
+def depth_figure(cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str) -> tuple[Figure, ...]:
     """A model's own number (`layer03/lambda` in `extra`) against the layer, mean and range over seeds; none if no arm has it."""
     found: dict[str, list[list[float]]] = {}
     for cell, measurement in cells:
@@ -277,7 +274,5 @@ def require_grid(grid: Sequence[float]) -> tuple[float, ...]:
     """A learning-rate grid as a sorted tuple; raises ConfigError if it is empty, unsorted in sign or repeated."""
     rates = tuple(sorted(grid))
     if len(rates) < 2 or rates[0] <= 0 or len(set(rates)) != len(rates):
-        raise ConfigError(
-            f"a learning-rate grid has at least two different positive rates; given: {list(grid)}."
-        )
+        raise ConfigError(f"a learning-rate grid has at least two different positive rates; given: {list(grid)}.")
     return rates

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from torchstone.errors import StudyError
-from torchstone.lab.executors import make_executor
 from torchstone.lab.progress import Progress
 from torchstone.lab.record import Outcome
 from torchstone.lab.runner import RunOptions, StudyRun
@@ -74,9 +73,7 @@ def tuning_name(arm: str, rate: float) -> str:
 def at_rate(arm: Arm, rate: float) -> Arm:
     """The arm with another peak learning rate."""
     recipe = load_recipe(arm.settings["recipe"], [f"optimizer.learning_rate={rate!r}"])
-    return replace(
-        arm, name=tuning_name(arm.name, rate), settings={**arm.settings, "recipe": recipe.data_dict()}
-    )
+    return replace(arm, name=tuning_name(arm.name, rate), settings={**arm.settings, "recipe": recipe.data_dict()})
 
 
 def tune(
@@ -96,23 +93,10 @@ def tune(
     search = RateSearch(study, scale, grid)
     assert options.out is not None
     run = StudyRun(search, replace(options, scale="tuning", out=Path(options.out) / "tuning"), progress)
-    resources = search.resources(run.arms)
-    executor = make_executor(
-        options.on,
-        slots=options.jobs,
-        threads=resources.threads,
-        logs=run.out / "logs",
-        devices=resources.devices,
-    )
-    interrupted = True
-    try:
+    with run.executor() as executor:
         run.prepare(executor)
-        outcomes = run.run_cells(
-            executor, range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds), "tuning learning rates"
-        )
-        interrupted = False
-    finally:
-        executor.close(kill=interrupted)
+        tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
+        outcomes = run.run_cells(executor, tuning_seeds, "tuning learning rates")
     names = [arm.name for arm in study.arms(scale)]
     return select(names, grid, outcomes, metric)
 
@@ -129,11 +113,7 @@ def select(
     for arm in arms:
         means: dict[float, float | None] = {}
         for rate in grid:
-            cells = [
-                outcome.measurement
-                for (name, _), outcome in outcomes.items()
-                if name == tuning_name(arm, rate)
-            ]
+            cells = [outcome.measurement for (name, _), outcome in outcomes.items() if name == tuning_name(arm, rate)]
             finished = [cell.metrics[metric] for cell in cells if cell is not None]
             means[rate] = sum(finished) / len(finished) if finished and len(finished) == len(cells) else None
         usable = {rate: mean for rate, mean in means.items() if mean is not None}

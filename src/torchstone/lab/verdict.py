@@ -52,7 +52,9 @@ class Design:
 
     def describe(self) -> str:
         """One paragraph for the report."""
-        paired = "Arms are paired by seed: the same data in the same order, and the same initial values where shapes allow."
+        paired = (
+            "Arms are paired by seed: the same data in the same order, and the same initial values where shapes allow."
+        )
         if self.sequential is None:
             return f"{paired} {self.looks[0]} seeds, fixed beforehand; two-sided 95 % intervals."
         looks = ", ".join(map(str, self.looks))
@@ -161,9 +163,7 @@ def _cells(arm: str, outcomes: Mapping[tuple[str, int], Outcome], seeds: range) 
     return {seed: measurement for seed, measurement in found.items() if measurement is not None}
 
 
-def _contrasts(
-    claim: Claim, arm: Mapping[int, Measurement], baseline: Mapping[int, Measurement]
-) -> Contrasts:
+def _contrasts(claim: Claim, arm: Mapping[int, Measurement], baseline: Mapping[int, Measurement]) -> Contrasts:
     try:
         if claim.unit == "items":
             return paired_items(
@@ -177,9 +177,7 @@ def _contrasts(
             claim.contrast,
         )
     except KeyError as error:
-        raise StudyError(
-            f"claim {claim.id!r} needs the metric {error}, which a cell does not have."
-        ) from error
+        raise StudyError(f"claim {claim.id!r} needs the metric {error}, which a cell does not have.") from error
 
 
 def _estimate(claim: Claim, contrasts: Contrasts, design: Design) -> Estimate:

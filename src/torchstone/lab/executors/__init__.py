@@ -8,9 +8,7 @@ from torchstone.errors import ConfigError
 from torchstone.lab.executors.base import Event, Executor, Job
 
 
-def make_executor(
-    on: str, *, slots: int | None, threads: int, logs: Path, devices: tuple[str, ...] = ()
-) -> Executor:
+def make_executor(on: str, *, slots: int | None, threads: int, logs: Path, devices: tuple[str, ...] = ()) -> Executor:
     """The executor that `on` names: `local`, `inline`, `ray`, or `ray://host:port`.
 
     Args:

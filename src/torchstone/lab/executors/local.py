@@ -105,9 +105,7 @@ class LocalExecutor:
         for index, worker in enumerate(self._workers):
             if worker is None:
                 device = self._devices[index % len(self._devices)] if self._devices else None
-                worker = _Worker(
-                    index, self._threads, self._logs / f"worker-{os.getpid()}-{index}.log", device
-                )
+                worker = _Worker(index, self._threads, self._logs / f"worker-{os.getpid()}-{index}.log", device)
                 self._workers[index] = worker
             if worker.job is None:
                 worker.send(job)
@@ -130,9 +128,7 @@ class LocalExecutor:
         events = []
         for message in messages:
             assert worker.job is not None
-            events.append(
-                Event(worker.job.key, message["kind"], message.get("value", {}), message.get("error", ""))
-            )
+            events.append(Event(worker.job.key, message["kind"], message.get("value", {}), message.get("error", "")))
             if message["kind"] != "progress":
                 worker.job = None
         if closed:

@@ -53,9 +53,7 @@ class RayExecutor:
         self._started = not ray.is_initialized()
         if self._started:
             try:
-                ray.init(
-                    address=address, log_to_driver=False, include_dashboard=False, configure_logging=False
-                )
+                ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ConfigError(
                     f"no Ray cluster answers at {address!r}: {error}. Start one with `ray start --head`."
@@ -74,18 +72,14 @@ class RayExecutor:
 
     def wait(self, timeout: float) -> Sequence[Event]:
         """Finished jobs; a lost worker or node becomes a `died` event."""
-        ready, _ = (
-            self._ray.wait(list(self._running), num_returns=1, timeout=timeout) if self._running else ([], [])
-        )
+        ready, _ = self._ray.wait(list(self._running), num_returns=1, timeout=timeout) if self._running else ([], [])
         events = []
         for handle in ready:
             key = self._running.pop(handle)
             try:
                 answer = self._ray.get(handle)
             except self._ray.exceptions.RayError as error:
-                events.append(
-                    Event(key, "died", {}, f"Ray lost the job: {str(error).strip().splitlines()[0]}")
-                )
+                events.append(Event(key, "died", {}, f"Ray lost the job: {str(error).strip().splitlines()[0]}"))
             else:
                 events.append(Event(key, answer["kind"], answer.get("value", {}), answer.get("error", "")))
         return events

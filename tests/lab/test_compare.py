@@ -1,0 +1,112 @@
+"""`compare` from the inside: names, claims, tuning, designs and the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny import tiny_recipe
+
+from torchstone.errors import BudgetError, ConfigError
+from torchstone.lab.compare import compare
+from torchstone.lab.progress import Quiet
+from torchstone.lab.runner import RunOptions
+from torchstone.lab.training import Matching
+
+INLINE = RunOptions(on="inline")
+
+
+def run(arms, out, recipe=None, **options):
+    return compare(recipe or tiny_recipe(), arms, out=out, options=INLINE, progress=Quiet(), **{"seeds": 2, **options})
+
+
+def test_arms_are_matched_paired_and_judged(tmp_path):
+    finished = run({"v1": ["model.block.mixer=differential"], "v2": ["model.block.mixer={kind: differential, version: v2}"]},
+                   tmp_path, match=Matching("params", tolerance=0.02))  # fmt: skip
+    arms = {arm.name: arm for arm in finished.result.arms}
+    assert abs(arms["v2"].parameters / arms["baseline"].parameters - 1) <= 0.02
+    assert arms["v2"].match.free == "model.block.feedforward.hidden"
+    assert [change.path for change in arms["v1"].intervention] == ["model.block.mixer.kind"]
+    assert {verdict.claim for verdict in finished.verdicts} == {"v1", "v2"}
+    assert all(len(verdict.pairs) == 2 for verdict in finished.verdicts)
+    assert any("shared by all arms" in note for note in finished.result.notes)
+    assert "model:" in finished.result.recipe_yaml
+
+
+def test_an_arm_that_changes_nothing_ties_exactly(tmp_path):
+    finished = run(["same:"], tmp_path)
+    (verdict,) = finished.verdicts
+    assert verdict.status == "inconclusive"
+    assert [pair.contrast for pair in verdict.pairs] == [0.0, 0.0]
+
+
+def test_tuning_gives_every_arm_its_own_rate_on_separate_seeds(tmp_path):
+    finished = run(["v1:model.block.mixer=differential"], tmp_path, tune_seeds=1, grid=[1e-3, 1e-2], match="none")
+    assert {arm.learning_rate_policy for arm in finished.result.arms} == {"tuned"}
+    assert {arm.learning_rate for arm in finished.result.arms} <= {1e-3, 1e-2}
+    (table,) = finished.result.tables
+    assert [row[0] for row in table.rows] == ["baseline", "v1"]
+    assert any("edge of the grid" in note for note in finished.result.notes)
+    cells = list((tmp_path / "tuning" / "cells").glob("*/seed-*"))
+    assert len(cells) == 4
+    assert all(int(cell.name.split("-")[1]) >= 1_000_000 for cell in cells)
+
+
+def test_a_failing_arm_is_shown(tmp_path):
+    finished = run(["hot:optimizer.learning_rate=1e30"], tmp_path, recipe=tiny_recipe(budget={"steps": 6}))
+    (verdict,) = finished.verdicts
+    assert verdict.status == "inconclusive"
+    assert "hot seed 0: NonFiniteError" in verdict.reason
+
+
+def test_the_claim_follows_the_metric(tmp_path):
+    finished = run(["same:"], tmp_path, metric="accuracy", margin=0.1)
+    (verdict,) = finished.verdicts
+    assert (verdict.direction, verdict.margin, verdict.status) == ("greater", 0.1, "fails" if verdict.interval else "inconclusive")
+
+
+@pytest.mark.parametrize(
+    ("arms", "options", "message"),
+    [
+        ([], {}, "needs at least one arm"),
+        (["baseline:seed=1"], {}, "cannot be named 'baseline'"),
+        (["a:model.block.mixr=differential"], {}, "mixer"),
+        (["a:seed=1"], {"metric": "beauty"}, "cannot compare by 'beauty'"),
+        (["a:seed=1"], {"match": "size"}, "cannot match 'size'"),
+        (["a:seed=1"], {"margin": -1.0}, "margin"),
+        (["a:optimizer.learning_rate=0.1"], {"tune_seeds": 1, "grid": [1e-3]}, "at least two different"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(tmp_path, arms, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run(arms, tmp_path, **options)
+
+
+def test_an_impossible_match_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(BudgetError, match="cannot match"):
+        run(["wide:model.width=512"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(tiny_recipe()))
+    command = shutil.which("torchstone", path=str(Path(sys.executable).parent))
+    arguments = [command, "compare", str(recipe), "--arm", "v1:model.block.mixer=differential", "--seeds", "2",
+                 "--out", str(tmp_path / "out"), "--match", "none"]  # fmt: skip
+    first = subprocess.run(arguments, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    assert "v1 has a lower validation loss than the baseline" in first.stdout
+    assert str(tmp_path / "out" / "report.html") in first.stdout
+    assert "4/4" in first.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["verdicts"][0]["n"] == 2
+    again = subprocess.run(arguments, capture_output=True, text=True)
+    assert "4 of them finished before" in again.stderr
+    wrong = subprocess.run([*arguments, "--match", "size"], capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
