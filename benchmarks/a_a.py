@@ -53,7 +53,9 @@ class Twins(TrainingStudy):
     def variants(self, scale: Scale) -> Sequence[Variant]:
         """Twins; nothing differs but the stream."""
         return [
-            Variant(f"{side}{i:02d}", stream=2 * i + index) for i in range(self.count) for index, side in enumerate("ab")
+            Variant(f"{side}{i:02d}", stream=2 * i + index)
+            for i in range(self.count)
+            for index, side in enumerate("ab")
         ]
 
     def reference(self) -> dict[str, Any]:
@@ -73,10 +75,19 @@ def main() -> None:
     counts = Counter(verdict.status for verdict in finished.verdicts)
     differences = np.array([pair.contrast for verdict in finished.verdicts for pair in verdict.pairs])
     covered = sum(v.interval is not None and v.interval.low <= 0 <= v.interval.high for v in finished.verdicts)
-    summary: dict[str, Any] = {"comparisons": options.comparisons, "seeds": options.seeds, "sd": float(differences.std(ddof=1))}
+    summary: dict[str, Any] = {
+        "comparisons": options.comparisons,
+        "seeds": options.seeds,
+        "sd": float(differences.std(ddof=1)),
+    }
     for name, number in (("holds", counts["holds"]), ("fails", counts["fails"]), ("covers 0", covered)):
         interval = binomtest(number, options.comparisons).proportion_ci()
-        summary[name] = {"count": number, "share": number / options.comparisons, "low": interval.low, "high": interval.high}
+        summary[name] = {
+            "count": number,
+            "share": number / options.comparisons,
+            "low": interval.low,
+            "high": interval.high,
+        }
         print(f"{name}: {number} of {options.comparisons} ({interval.low:.1%} to {interval.high:.1%})")
     print(f"standard deviation of a difference between twins: {summary['sd']:.4f} nats/token")
     if options.json:

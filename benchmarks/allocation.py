@@ -69,9 +69,7 @@ def timed(action: Callable[[], object]) -> float:
 def main() -> None:
     """Measure and print."""
     path = published(DATA)
-    table = (
-        read_table(path) if path else generate_table("complementary", 148, 10, 300, np.random.default_rng(0))
-    )
+    table = read_table(path) if path else generate_table("complementary", 148, 10, 300, np.random.default_rng(0))
     print(f"table: {table.source}" + ("" if path else f"; {notice(DATA)}"))
     train = table.part("train")
     rates = success_rates(train.counts, train.runs)

@@ -111,9 +111,7 @@ def naive_error() -> None:
     rng = np.random.default_rng(4)
     naive = np.array([SequentialDesign((n,)).boundaries[0] for n in looks])
     crossed = (np.abs(simulate_statistics(looks, 400_000, rng)) > naive[:, None]).any(axis=0).mean()
-    print(
-        f"\nLooking at {looks} seeds with the usual interval decides identical arms in {100 * crossed:.1f} %."
-    )
+    print(f"\nLooking at {looks} seeds with the usual interval decides identical arms in {100 * crossed:.1f} %.")
     print("| effect / sd | power 10 seeds | power linear | mean seeds | power obrien-fleming | mean seeds |")
     for distance in (0.5, 1.0, 1.5, 2.0, 4.0):
         cells = [f"{distance:g}"]
@@ -167,9 +165,7 @@ def half_splits_table(trials: int) -> None:
                     solved = spend(policy, train, test, 16)[0].per_problem.tolist()
                     values[policy][seed] = dict(zip(test.problems, solved, strict=True))
             pairs = paired_items(values["mixed"], values["pure"])
-            found["problems"].append(
-                clustered_estimate(pairs.values, pairs.clusters, np.random.default_rng(trial))
-            )
+            found["problems"].append(clustered_estimate(pairs.values, pairs.clusters, np.random.default_rng(trial)))
             splits = pairs.values.reshape(24, -1).mean(axis=1)
             found["corrected resampled t"].append(resampled_estimate(splits, 0.5))
         truth = float(np.mean([estimate.effect for estimate in found["problems"]]))

@@ -44,9 +44,7 @@ def cpu_seconds(arguments: list[str]) -> float:
 
 def main() -> int:
     """Measure, print a table, and say whether the promise holds."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repetitions", type=int, default=9)
     repetitions = parser.parse_args().repetitions
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}

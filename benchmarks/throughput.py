@@ -135,9 +135,7 @@ def llama(name: str, compute: Compute) -> Candidate:
         max_position_embeddings=length, tie_word_embeddings=True, use_cache=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=BETAS, weight_decay=DECAY, fused=True)
     forward = torch.compile(model) if compute.compile else model
     data, device = RandomTokens(length), torch.device("cpu")
     done = 0
@@ -169,9 +167,7 @@ def matmul_peak(clock: Callable[[], float], size: int = 2048, repeats: int = 5) 
     return 2 * size**3 / min(seconds[1:])
 
 
-def measure(
-    candidates: list[Candidate], clock: Callable[[], float], rounds: int, steps: int
-) -> dict[str, list[float]]:
+def measure(candidates: list[Candidate], clock: Callable[[], float], rounds: int, steps: int) -> dict[str, list[float]]:
     """Seconds per step of every candidate in every round, after warming up (compilation included)."""
     for candidate in candidates:
         begun = time.perf_counter()

@@ -50,10 +50,7 @@ def words(verdict: Verdict) -> str:
 
 def tally(result: Result) -> str:
     """How many claims hold, fail and stay open."""
-    counts = {
-        status: sum(v.status == status for v in result.verdicts)
-        for status in ("holds", "fails", "inconclusive")
-    }
+    counts = {status: sum(v.status == status for v in result.verdicts) for status in ("holds", "fails", "inconclusive")}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count)
 
 
@@ -63,9 +60,7 @@ def methods_table() -> str:
     for slug, method in METHODS.items():
         if method.done:
             shown = "; ".join(
-                f"[{tally(result)}](results/RESULTS.md#{slug})"
-                for scale, result in results(slug)
-                if scale == "toy"
+                f"[{tally(result)}](results/RESULTS.md#{slug})" for scale, result in results(slug) if scale == "toy"
             )
             lines.append(f"| [`{slug}`](docs/methods/{slug}.md) | {paper(method)} | {shown} |")
     planned = [slug for slug, method in METHODS.items() if not method.done]
@@ -74,7 +69,7 @@ def methods_table() -> str:
 
 def paper(method: object) -> str:
     """Title with its link."""
-    title, url = getattr(method, "title"), getattr(method, "url")
+    title, url = method.title, method.url
     return f"[{title}]({url})" if url else title
 
 
@@ -98,8 +93,7 @@ def results_page() -> str:
                 "|---|---|---|",
             ]
             lines += [
-                f"| **{verdict.status}** | {verdict.sentence} | {words(verdict)} |"
-                for verdict in result.verdicts
+                f"| **{verdict.status}** | {verdict.sentence} | {words(verdict)} |" for verdict in result.verdicts
             ]
             lines += ["", *(f"- {note}" for note in result.notes), ""]
     return "\n".join(lines)

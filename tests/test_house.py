@@ -59,9 +59,7 @@ def test_the_index_holds_the_34_methods() -> None:
     assert len(METHODS) == 34
     for slug, method in METHODS.items():
         assert method.slug == slug
-        assert (
-            method.claim.endswith(".") and method.title and method.authors and method.tags and method.vectors
-        )
+        assert method.claim.endswith(".") and method.title and method.authors and method.tags and method.vectors
         assert method.arxiv is None or method.arxiv.replace(".", "").isdigit()
         assert method.done or (not method.parts and method.study is None)
 
@@ -75,11 +73,7 @@ def test_the_index_agrees_with_the_vectors(reference_folder: Path) -> None:
 def test_every_home_of_a_done_method_exists(slug: str) -> None:
     homes = METHODS[slug].paths()
     missing = [
-        path
-        for name, paths in homes.items()
-        if name != "vectors"
-        for path in paths
-        if not (ROOT / path).exists()
+        path for name, paths in homes.items() if name != "vectors" for path in paths if not (ROOT / path).exists()
     ]
     assert missing == []
     assert METHODS[slug].parts
@@ -119,19 +113,13 @@ def imports_of(path: Path) -> Iterator[tuple[str, int]]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         else:
             continue
-        yield from (
-            (name.removeprefix("torchstone."), node.lineno)
-            for name in names
-            if name.startswith("torchstone.")
-        )
+        yield from ((name.removeprefix("torchstone."), node.lineno) for name in names if name.startswith("torchstone."))
 
 
 def floor_of(module: str) -> int:
     """The number of the floor that a module below torchstone is on."""
     for number, packages in enumerate(FLOORS):
-        if any(
-            "." in package and (module == package or module.startswith(f"{package}.")) for package in packages
-        ):
+        if any("." in package and (module == package or module.startswith(f"{package}.")) for package in packages):
             return number
     head = module.split(".")[0]
     return next(number for number, packages in enumerate(FLOORS) if head in packages)
@@ -198,9 +186,7 @@ def public_definitions(path: Path) -> Iterator[ast.FunctionDef | ast.ClassDef]:
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
             yield node
             if isinstance(node, ast.ClassDef):
-                yield from (
-                    item for item in node.body if isinstance(item, ast.FunctionDef) and item.name[0] != "_"
-                )
+                yield from (item for item in node.body if isinstance(item, ast.FunctionDef) and item.name[0] != "_")
 
 
 DOCUMENTED_BY_THEIR_BASE = {"forward", "build", "inherit", "merge"}

@@ -16,9 +16,7 @@ from torchstone.report.result import Result
 Open = Callable[..., Any]
 
 
-def test_charts_are_drawn_without_console_messages_or_requests(
-    open_report: Open, results: ModuleType
-) -> None:
+def test_charts_are_drawn_without_console_messages_or_requests(open_report: Open, results: ModuleType) -> None:
     page = open_report(results.study())
     assert page.console() == []
     assert [page.plot(index) for index in range(3)] == [
@@ -35,9 +33,7 @@ def test_nothing_leaves_the_page_while_it_is_used(open_report: Open, results: Mo
     for selector in ("button[data-axis='1']", "[data-toggle=log]", "[data-toggle=seeds]", ".key", "summary"):
         page.click(selector)
     addresses = page.requests()
-    assert addresses and all(
-        address == page.path.as_uri() or address.startswith("data:") for address in addresses
-    )
+    assert addresses and all(address == page.path.as_uri() or address.startswith("data:") for address in addresses)
     assert page.console() == []
 
 
@@ -47,8 +43,7 @@ def test_an_arm_is_hidden_and_shown_again(open_report: Open, results: ModuleType
     page.click("#curve-0 [data-line='1']")
     assert page.plot()["shown"] == "6"
     assert (
-        page.run("return document.querySelector(\"#curve-0 [data-line='1']\").getAttribute('aria-pressed')")
-        == "false"
+        page.run("return document.querySelector(\"#curve-0 [data-line='1']\").getAttribute('aria-pressed')") == "false"
     )
     assert page.painted() != before
     page.click("#curve-0 [data-line='1']")
@@ -119,10 +114,7 @@ def test_hostile_names_stay_text(open_report: Open, results: ModuleType) -> None
     assert page.run("return document.querySelectorAll('script').length") == 4
     assert page.run("return document.querySelectorAll('img, iframe, object, embed').length") == 0
     assert page.run("return document.querySelector('h1').textContent") == results.HOSTILE[0]
-    assert (
-        page.run("return document.querySelector('#curve-0 [data-line=\"1\"] bdi').textContent")
-        == results.HOSTILE[1]
-    )
+    assert page.run("return document.querySelector('#curve-0 [data-line=\"1\"] bdi').textContent") == results.HOSTILE[1]
     assert page.console() == []
     assert all(address == page.path.as_uri() or address.startswith("data:") for address in page.requests())
 
@@ -145,9 +137,7 @@ def test_a_phone_never_scrolls_sideways(open_report: Open, results: ModuleType, 
     assert page.run("return document.documentElement.scrollWidth") <= 390
     page.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
     assert page.run("return document.documentElement.scrollWidth") <= 390
-    wide = page.run(
-        "return [...document.querySelectorAll('.plot canvas')].map((c) => c.getBoundingClientRect().right)"
-    )
+    wide = page.run("return [...document.querySelectorAll('.plot canvas')].map((c) => c.getBoundingClientRect().right)")
     assert all(right <= 390 for right in wide)
 
 
@@ -196,9 +186,7 @@ def test_the_numbers_can_be_saved(open_report: Open, results: ModuleType, tmp_pa
     page = open_report(results.study())
     folder = tmp_path / "downloads"
     folder.mkdir()
-    page.driver.execute_cdp_cmd(
-        "Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)}
-    )
+    page.driver.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(folder)})
     page.click("#download")
     deadline = time.monotonic() + 5
     while not (folder / "result.json").exists() and time.monotonic() < deadline:
@@ -224,22 +212,13 @@ def test_every_claim_is_linked_from_the_top(open_report: Open, results: ModuleTy
     page = open_report(results.study())
     page.click(".outcomes li:nth-child(3) a")
     assert page.run("return location.hash") == "#claim-2"
-    assert (
-        page.run("return document.querySelector(':target h3').textContent")
-        == results.study().verdicts[2].sentence
-    )
+    assert page.run("return document.querySelector(':target h3').textContent") == results.study().verdicts[2].sentence
 
 
 def test_print_shows_everything_but_the_switches(open_report: Open, results: ModuleType) -> None:
     page = open_report(results.study())
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    hidden = (
-        "return [...document.querySelectorAll(arguments[0])].every((e) => e.getClientRects().length === 0)"
-    )
-    shown = (
-        "return [...document.querySelectorAll(arguments[0])].every((one) => one.getClientRects().length > 0)"
-    )
-    assert page.run(hidden, ".controls, nav, #download") and page.run(
-        shown, ".card, .forest, .plot, .key, .arm"
-    )
+    hidden = "return [...document.querySelectorAll(arguments[0])].every((e) => e.getClientRects().length === 0)"
+    shown = "return [...document.querySelectorAll(arguments[0])].every((one) => one.getClientRects().length > 0)"
+    assert page.run(hidden, ".controls, nav, #download") and page.run(shown, ".card, .forest, .plot, .key, .arm")
     page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

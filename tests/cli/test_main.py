@@ -83,9 +83,7 @@ def test_every_verb_loads_and_has_help(run, name: str) -> None:
         (InterruptedRun, 75),
     ],
 )
-def test_a_typed_error_is_one_paragraph_and_its_exit_code(
-    run, verb, error: type[Exception], code: int
-) -> None:
+def test_a_typed_error_is_one_paragraph_and_its_exit_code(run, verb, error: type[Exception], code: int) -> None:
     def raising() -> None:
         raise error("first line\nand \x1b[31msecond\x1b[0m \u202eline\x07")
 

@@ -32,9 +32,7 @@ def rows(name: str, content: bytes, limit: int = 1000) -> list[Row]:
     ending=st.sampled_from([b"\n", b"\r\n", b""]),
     inside=st.sampled_from([b"x", b"\r"]),
 )
-def test_the_limit_is_exact_with_and_without_a_mark(
-    extra: int, mark: bool, ending: bytes, inside: bytes
-) -> None:
+def test_the_limit_is_exact_with_and_without_a_mark(extra: int, mark: bool, ending: bytes, inside: bytes) -> None:
     """A line of limit bytes is read, one more is not; the next line keeps its number."""
     limit = 30
     line = b'{"text": "x"}' if extra <= 0 else b"x" * limit + inside * (extra - 1) + b"x"

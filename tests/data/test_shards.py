@@ -57,9 +57,7 @@ def test_a_flipped_bit_of_the_manifest_is_found(folder: Path, data: st.DataObjec
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize(
-    "name", ["train.tokens", "train.ends", "validation.documents.jsonl", "manifest.json"]
-)
+@pytest.mark.parametrize("name", ["train.tokens", "train.ends", "validation.documents.jsonl", "manifest.json"])
 def test_an_absent_file_is_named(folder: Path, name: str) -> None:
     (folder / name).rename(folder / "elsewhere")
     try:
@@ -70,9 +68,7 @@ def test_an_absent_file_is_named(folder: Path, name: str) -> None:
     open_shards(folder)
 
 
-def test_skipped_rows_are_counted_said_once_and_listed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_skipped_rows_are_counted_said_once_and_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(LINES + "{\n[]\n")
     shards = build(path, tmp_path / "cache", skip_bad=True).shards

@@ -42,9 +42,7 @@ def test_any_division_of_a_batch_gives_the_same_rows(stories: Build) -> None:
 def test_batches_do_not_depend_on_those_before(stories: Build) -> None:
     source, again = stories(), stories()
     steps = [9, 0, 3, 9]
-    assert all(
-        torch.equal(source.batch(2, step, 4).tokens_bt, again.batch(2, step, 4).tokens_bt) for step in steps
-    )
+    assert all(torch.equal(source.batch(2, step, 4).tokens_bt, again.batch(2, step, 4).tokens_bt) for step in steps)
     assert not torch.equal(source.batch(2, 9, 4).tokens_bt, source.batch(3, 9, 4).tokens_bt)
 
 
@@ -146,9 +144,7 @@ def test_one_long_file_is_divided_at_the_end_of_a_line(tmp_path: Path) -> None:
     assert shards.validation.labels() == [("one.txt:1#end", "one.txt:1")]
 
 
-def test_fingerprints_depend_on_content_and_settings_only(
-    stories: Build, story_file: Path, tmp_path: Path
-) -> None:
+def test_fingerprints_depend_on_content_and_settings_only(stories: Build, story_file: Path, tmp_path: Path) -> None:
     base = stories().fingerprint
     prints = [base, stories(length=31).fingerprint, stories(mask_documents=True).fingerprint]
     prints.append(stories(validation_fraction=0.06).fingerprint)

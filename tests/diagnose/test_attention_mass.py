@@ -32,7 +32,9 @@ def test_signed_weights_are_normalised_by_their_absolute_sum():
     assert found.noise == pytest.approx(0.2 / 0.8)
 
 
-@pytest.mark.parametrize("mixer", [{"kind": "attention"}, {"kind": "differential"}, {"kind": "differential", "version": "v2"}])
+@pytest.mark.parametrize(
+    "mixer", [{"kind": "attention"}, {"kind": "differential"}, {"kind": "differential", "version": "v2"}]
+)
 def test_a_model_is_measured_and_an_untrained_one_wastes_most_of_its_attention(mixer):
     data = RecallConfig(cells=8).build()
     config = parse_part("model", {"kind": "decoder", "width": 32, "depth": 2, "head_dim": 8, "block": {"mixer": mixer}})

@@ -67,9 +67,7 @@ except ConfigError as error:
 """
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="memory is limited through /proc and RLIMIT_AS"
-)
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is limited through /proc and RLIMIT_AS")
 @pytest.mark.parametrize("name", sorted(HOSTILE))
 def test_f21_is_refused_quickly_in_bounded_memory(name: str, tmp_path: Path) -> None:
     path = tmp_path / "hostile.yaml"

@@ -108,9 +108,7 @@ def test_killed_at_stages_of_the_write(folders: tuple[Path, Path], tmp_path: Pat
     for deadline in (2, 8, 12):
         case = tmp_path / str(deadline)
         shutil.copytree(old, case)
-        died = subprocess.run(
-            [sys.executable, "-c", STAGED, str(case), str(new), str(deadline)], timeout=60
-        ).returncode
+        died = subprocess.run([sys.executable, "-c", STAGED, str(case), str(new), str(deadline)], timeout=60).returncode
         assert died == 9
         check(case, old, new)
 

@@ -67,7 +67,11 @@ def test_a_failing_arm_is_shown(tmp_path):
 def test_the_claim_follows_the_metric(tmp_path):
     finished = run(["same:"], tmp_path, metric="accuracy", margin=0.1)
     (verdict,) = finished.verdicts
-    assert (verdict.direction, verdict.margin, verdict.status) == ("greater", 0.1, "fails" if verdict.interval else "inconclusive")
+    assert (verdict.direction, verdict.margin, verdict.status) == (
+        "greater",
+        0.1,
+        "fails" if verdict.interval else "inconclusive",
+    )
 
 
 @pytest.mark.parametrize(

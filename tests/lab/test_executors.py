@@ -119,9 +119,7 @@ def test_a_comparison_runs_on_a_ray_cluster_of_two_nodes(tmp_path):
         ray.init(address=cluster.address, log_to_driver=False)
         assert len([node for node in ray.nodes() if node["Alive"]]) == 2
         arms = ["same:optimizer.learning_rate=3e-3", "broken:optimizer.learning_rate=1e30"]
-        finished = compare(
-            tiny_recipe(), arms, seeds=2, out=tmp_path, options=RunOptions(on="ray"), progress=Quiet()
-        )
+        finished = compare(tiny_recipe(), arms, seeds=2, out=tmp_path, options=RunOptions(on="ray"), progress=Quiet())
         cells = {(cell.arm, cell.seed): cell for cell in finished.result.cells}
         assert {key for key, cell in cells.items() if cell.status == "done"} >= {
             (arm, seed) for arm in ("baseline", "same") for seed in (0, 1)

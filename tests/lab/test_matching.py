@@ -42,18 +42,14 @@ def test_steps_can_be_traded_for_flops():
 
 
 def test_depth_and_width():
-    deep, record = match(
-        base("model.depth=6"), base("model.block.feedforward.hidden=64"), "params", "depth", 0.02
-    )
+    deep, record = match(base("model.depth=6"), base("model.block.feedforward.hidden=64"), "params", "depth", 0.02)
     assert deep.model.depth == record.after == 6
     wide, record = match(base("model.width=128"), base(), "params", "width")
     assert wide.model.width == record.after == 128
 
 
 def test_an_impossible_match_is_refused_with_the_nearest_value():
-    with pytest.raises(
-        BudgetError, match=r"cannot match params by model\.depth: the nearest value \d+ gives"
-    ):
+    with pytest.raises(BudgetError, match=r"cannot match params by model\.depth: the nearest value \d+ gives"):
         match(base(), base(*V2), "params", "depth")
 
 

@@ -43,10 +43,7 @@ def test_a_clear_paired_advantage_holds_even_under_large_seed_noise():
 
 def test_the_other_direction_fails():
     base = [1.0, 2.0, 3.0]
-    assert (
-        verdict(cells(base, [b + 0.1 + 0.001 * i for i, b in enumerate(base)]), Design.of(3, None)).status
-        == "fails"
-    )
+    assert verdict(cells(base, [b + 0.1 + 0.001 * i for i, b in enumerate(base)]), Design.of(3, None)).status == "fails"
 
 
 def test_noise_is_inconclusive_and_says_what_would_decide():
@@ -120,9 +117,7 @@ def test_items_are_clustered():
         ("base", 0): Outcome("f", Measurement({"loss": 0.0}, {"loss": items})),
         ("x", 0): Outcome(
             "f",
-            Measurement(
-                {"loss": 0.0}, {"loss": {k: v - 0.5 + 0.01 * (int(k) % 7) for k, v in items.items()}}
-            ),
+            Measurement({"loss": 0.0}, {"loss": {k: v - 0.5 + 0.01 * (int(k) % 7) for k, v in items.items()}}),
         ),
     }
     claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline="base", unit="items")

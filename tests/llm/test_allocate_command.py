@@ -13,15 +13,11 @@ from torchstone.llm.allocation import allocate, train_selected_pure
 from torchstone.llm.allocation.populations import generate_table
 
 
-def write_table(
-    folder: Path, names: tuple[str, ...] = ("cold", "warm", "hot"), overlap: bool = False
-) -> Path:
+def write_table(folder: Path, names: tuple[str, ...] = ("cold", "warm", "hot"), overlap: bool = False) -> Path:
     table = generate_table("complementary", 40, len(names), 16, np.random.default_rng(0))
     rows = [["problem", "split", *names], ["runs", "", *["16"] * len(names)]]
     for index, counts in enumerate(table.counts.tolist()):
-        rows.append(
-            [f"p{index % 20 if overlap else index}", "train" if index < 20 else "test", *map(str, counts)]
-        )
+        rows.append([f"p{index % 20 if overlap else index}", "train" if index < 20 else "test", *map(str, counts)])
     path = folder / "table.csv"
     path.write_text("\n".join(",".join(row) for row in rows))
     return path
@@ -86,9 +82,7 @@ def test_overlap_is_warned_of_on_stderr(tmp_path: Path, capsys: pytest.CaptureFi
         (["--budget", "4", "--cost", "absent.json"], 3, "cannot read"),
     ],
 )
-def test_errors(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, text: str
-) -> None:
+def test_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], code: int, text: str) -> None:
     found, out, err = run(capsys, str(write_table(tmp_path)), *words)
     assert (found, out) == (code, "")
     assert text in err and err.count("\n") == 1 and "Traceback" not in err

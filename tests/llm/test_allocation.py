@@ -49,9 +49,7 @@ class TestPassAtK:
     def test_large_numbers(self) -> None:
         assert pass_at_k(10**6, 1, 500_000) == pytest.approx(0.5, rel=1e-9)
 
-    @pytest.mark.parametrize(
-        ("runs", "successes", "k"), [(3, 0, 4), (0, 0, 1), (3, 4, 1), (3, -1, 1), (3, 1, -1)]
-    )
+    @pytest.mark.parametrize(("runs", "successes", "k"), [(3, 0, 4), (0, 0, 1), (3, 4, 1), (3, -1, 1), (3, 1, -1)])
     def test_refuses_what_has_no_unbiased_estimate(self, runs: int, successes: int, k: int) -> None:
         with pytest.raises(DataError):
             pass_at_k(runs, successes, k)
@@ -77,9 +75,7 @@ class TestOptimality:
         start = np.array([12, 0, 0])
         found = exchange(rates, start, 12, np.ones(3))
         assert found.sum() == 12
-        assert train_value(rates, found) == pytest.approx(
-            allocate(population(3), 20, 12, method="exact").train_value
-        )
+        assert train_value(rates, found) == pytest.approx(allocate(population(3), 20, 12, method="exact").train_value)
 
     @pytest.mark.parametrize("budget", [1, 7, 100])
     def test_curve_is_nested_and_monotone(self, budget: int) -> None:
@@ -166,9 +162,7 @@ class TestOrder:
         counts = population(6)
         found = allocate(counts, 20, 9)
         assert np.bincount(found.order, minlength=3).tolist() == found.counts.tolist()
-        assert found.order[0] in np.flatnonzero(
-            counts.mean(axis=0) >= counts[:, found.counts > 0].mean(axis=0).max()
-        )
+        assert found.order[0] in np.flatnonzero(counts.mean(axis=0) >= counts[:, found.counts > 0].mean(axis=0).max())
 
     def test_expected_samples_is_the_simulated_number_of_draws(self) -> None:
         counts = population(7)
@@ -248,9 +242,7 @@ class TestBaselines:
         draws = rng.multinomial(6, np.full(3, 1 / 3), 20_000)
         found, times = np.unique(draws, axis=0, return_counts=True)
         values = [evaluate_fixed(n, counts, 20).value for n in found]
-        assert uniform_mixed(counts, 20, 6).value == pytest.approx(
-            np.average(values, weights=times), abs=2e-3
-        )
+        assert uniform_mixed(counts, 20, 6).value == pytest.approx(np.average(values, weights=times), abs=2e-3)
 
     def test_uniform_over_one_configuration_is_pure(self) -> None:
         counts = population(3, configurations=1)
@@ -276,9 +268,7 @@ class TestBaselines:
             held = crossed.folds == fold
             again = allocate(counts[~held], 20, 5)
             assert fitted.counts.tolist() == again.counts.tolist()
-            assert crossed.mixed.per_problem[held] == pytest.approx(
-                again.evaluate(counts[held], 20).per_problem
-            )
+            assert crossed.mixed.per_problem[held] == pytest.approx(again.evaluate(counts[held], 20).per_problem)
 
     def test_cross_validation_refuses_bad_folds(self) -> None:
         for folds in (1, 13):
@@ -297,9 +287,7 @@ class TestRefusals:
         with pytest.raises(DataError, match="problem 2, configuration b: 9 successes of 8 runs"):
             allocate([[1, 2], [3, 9]], 8, 2, configurations=["a", "b"])
 
-    @pytest.mark.parametrize(
-        "counts", [[[-1, 2]], [[0.5, 1]], [[float("nan"), 1]], [], [[]], [1, 2], [["x", "y"]]]
-    )
+    @pytest.mark.parametrize("counts", [[[-1, 2]], [[0.5, 1]], [[float("nan"), 1]], [], [[]], [1, 2], [["x", "y"]]])
     def test_unusable_counts(self, counts: list) -> None:
         with pytest.raises(DataError):
             allocate(counts, 8, 2)

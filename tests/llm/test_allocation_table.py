@@ -23,9 +23,7 @@ def write(folder: Path, content: str | bytes, name: str = "table.csv") -> Path:
     return path
 
 
-def refused(
-    folder: Path, content: str | bytes, match: str, name: str = "table.csv", split: str | None = None
-) -> None:
+def refused(folder: Path, content: str | bytes, match: str, name: str = "table.csv", split: str | None = None) -> None:
     with pytest.raises(DataError, match=match):
         read_table(write(folder, content, name), split)
 
@@ -121,9 +119,7 @@ class TestLog:
         row = '{"problem": "%s", "configuration": "a", "correct": true, "split": "%s"}'
         table = read_table(write(tmp_path, row % ("p", "train") + "\n" + row % ("q", "test"), "log.jsonl"))
         assert table.split == ("train", "test")
-        refused(
-            tmp_path, row % ("p", "train") + "\n" + row % ("p", "test"), "belongs to one part", "log.jsonl"
-        )
+        refused(tmp_path, row % ("p", "train") + "\n" + row % ("p", "test"), "belongs to one part", "log.jsonl")
 
     @pytest.mark.parametrize(
         ("line", "match"),
@@ -233,9 +229,7 @@ class TestSummary:
         assert any("only 1 run" in warning for warning in summarise(table, Request(4)).warnings)
 
     def test_added_problems(self) -> None:
-        table = CountTable(
-            ("p", "q", "r"), ("a", "b"), np.array([[1, 0], [2, 3], [0, 1]]), np.full((3, 2), 4)
-        )
+        table = CountTable(("p", "q", "r"), ("a", "b"), np.array([[1, 0], [2, 3], [0, 1]]), np.full((3, 2), 4))
         assert added_problems(table).tolist() == [[2, 1], [1, 2]]
 
     def test_split_column_names(self) -> None:

@@ -56,12 +56,9 @@ recipes = st.fixed_dictionaries(
             }
         ),
         "objective": st.just("t-next"),
-        "optimizer": st.fixed_dictionaries(
-            {"kind": st.just("t-opt"), "learning_rate": finite, "fused": st.booleans()}
-        ),
+        "optimizer": st.fixed_dictionaries({"kind": st.just("t-opt"), "learning_rate": finite, "fused": st.booleans()}),
         "schedule": st.fixed_dictionaries({"kind": st.just("t-flat"), "warmup": finite}),
-        "budget": st.fixed_dictionaries({"tokens": counts})
-        | st.fixed_dictionaries({"tokens_per_parameter": finite}),
+        "budget": st.fixed_dictionaries({"tokens": counts}) | st.fixed_dictionaries({"tokens_per_parameter": finite}),
         "precision": st.sampled_from(["auto", "fp32", "bf16"]),
         "compile": st.sampled_from(["auto", True, False]),
         "sinks": st.lists(st.sampled_from(["tensorboard", "wandb"]), max_size=2),

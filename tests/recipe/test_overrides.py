@@ -81,9 +81,7 @@ def test_two_budgets_at_once_are_refused(base: Recipe) -> None:
 def test_lists_by_index_and_whole(base: Recipe) -> None:
     assert load_recipe(base, ["optimizer.betas.0=0.8"]).optimizer.betas == (0.8, 0.95)
     assert load_recipe(base, ["optimizer.betas=[0.5, 0.6]"]).optimizer.betas == (0.5, 0.6)
-    grown = load_recipe(
-        base, ["model.pattern.0.kind=t-beta", "model.pattern.1=t-alpha", "model.pattern.1.heads=3"]
-    )
+    grown = load_recipe(base, ["model.pattern.0.kind=t-beta", "model.pattern.1=t-alpha", "model.pattern.1.heads=3"])
     assert [mixer.kind for mixer in grown.model.pattern] == ["t-beta", "t-alpha"]
     assert grown.model.pattern[1].heads == 3
     switched = load_recipe(grown, ["model.pattern.1.kind=t-beta", "model.pattern.1.version=v2"])

@@ -24,9 +24,7 @@ def entry_points(monkeypatch: pytest.MonkeyPatch):
     """Sets what the entry-point group holds."""
 
     def put(*entries: Entry) -> None:
-        monkeypatch.setattr(
-            registry, "entry_points", lambda group: entries if group == registry.GROUP else ()
-        )
+        monkeypatch.setattr(registry, "entry_points", lambda group: entries if group == registry.GROUP else ())
         registry._third_party.cache_clear()
 
     yield put
@@ -85,9 +83,7 @@ def test_families_and_kinds_are_named_when_unknown() -> None:
         parse_part("mixer", parse_part("position", "t-wave"))
 
 
-@pytest.mark.parametrize(
-    "kind", ["os:system", "torchstone.nn.attention.multihead:AttentionConfig", "../x", ""]
-)
+@pytest.mark.parametrize("kind", ["os:system", "torchstone.nn.attention.multihead:AttentionConfig", "../x", ""])
 def test_a_recipe_cannot_name_a_python_path(kind: str) -> None:
     with pytest.raises(ConfigError, match="unknown mixer kind"):
         parse_part("mixer", kind)

@@ -81,9 +81,7 @@ def test_defaults_and_kinds_in_comments_are_true(shipped) -> None:
             family = field_slot(cls, name).family
             assert family is not None
             named = {re.sub(r" \(.*?\)", "", word).strip() for word in re.split(r",(?![^(]*\))", listed[1])}
-            assert named == set(kinds(family)) - {kind for kind in kinds(family) if kind.startswith("t-")}, (
-                key
-            )
+            assert named == set(kinds(family)) - {kind for kind in kinds(family) if kind.startswith("t-")}, key
     assert checked > 30
 
 

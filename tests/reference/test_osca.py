@@ -31,9 +31,7 @@ def tables(case: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if not path.is_file():
         pytest.skip(f"the published table {path} is absent")
     _, runs, *rows = list(csv.reader(path.read_text().splitlines()))
-    train, test = (
-        np.array([row[2:] for row in rows if row[0] == part], dtype=int) for part in ("train", "test")
-    )
+    train, test = (np.array([row[2:] for row in rows if row[0] == part], dtype=int) for part in ("train", "test"))
     return train, test, np.array(runs[2:], dtype=int)
 
 

@@ -177,17 +177,11 @@ def verdict(claim: str, arm: str, baseline: str, cells: tuple[CellRecord, ...], 
     return Verdict(**{**given, **changes})
 
 
-def study(
-    arms: int = 3, seeds: int = 3, points: int = 300, curves: bool = True, failed: bool = True
-) -> Result:
+def study(arms: int = 3, seeds: int = 3, points: int = 300, curves: bool = True, failed: bool = True) -> Result:
     """A realistic study: a verdict of every kind, sequential looks, a failed cell, tables, figures, paper
     numbers."""
-    names = ["attention", "differential", "differential-v2", *(f"arm-{index}" for index in range(3, arms))][
-        :arms
-    ]
-    cells = [
-        cell(name, index, seed, points, curves) for index, name in enumerate(names) for seed in range(seeds)
-    ]
+    names = ["attention", "differential", "differential-v2", *(f"arm-{index}" for index in range(3, arms))][:arms]
+    cells = [cell(name, index, seed, points, curves) for index, name in enumerate(names) for seed in range(seeds)]
     if failed and arms > 2 and seeds > 1:
         cells[-1] = CellRecord(
             arm=names[-1],
@@ -205,8 +199,7 @@ def study(
         slug="differential-transformer",
         scale="toy",
         baseline=names[0],
-        question="Does subtracting two softmax maps lower the loss of a small language model at equal "
-        "parameters?",
+        question="Does subtracting two softmax maps lower the loss of a small language model at equal parameters?",
         design="Contrasts are paired by seed: same data order, same initialisation where shapes "
         "agree. Intervals are "
         "two-sided 95 % t intervals. Seeds may be added at 3, 5 and 8 under an O'Brien-Fleming rule.",
@@ -273,8 +266,7 @@ def _verdicts(names: list[str], cells: tuple[CellRecord, ...]) -> tuple[Verdict,
 
 def _tables(names: list[str]) -> tuple[Table, ...]:
     rows = tuple(
-        (name, index, 0.3123456 + index / 7, None if index == 1 else 12345.678)
-        for index, name in enumerate(names)
+        (name, index, 0.3123456 + index / 7, None if index == 1 else 12345.678) for index, name in enumerate(names)
     )
     return (
         Table(
@@ -352,8 +344,7 @@ def algorithm() -> Result:
         scale="toy",
         baseline="uniform",
         fingerprint="c0ffee" * 5,
-        question="Does an allocation learned on a training split solve more problems for the same "
-        "number of samples?",
+        question="Does an allocation learned on a training split solve more problems for the same number of samples?",
         created="2024-11-20T09:00:00Z",
         metrics=(
             Metric(name="samples", label="samples needed", better="lower"),
@@ -365,9 +356,7 @@ def algorithm() -> Result:
             ArmRecord(name="oracle", role="control", note="Knows the success rates."),
         ),
         cells=tuple(
-            CellRecord(
-                arm=arm, seed=seed, status="done", metrics={"samples": 100.0 + seed, "solved": 61.0 + seed}
-            )
+            CellRecord(arm=arm, seed=seed, status="done", metrics={"samples": 100.0 + seed, "solved": 61.0 + seed})
             for arm in ("uniform", "learned", "oracle")
             for seed in range(2)
         ),
@@ -426,9 +415,7 @@ def hostile() -> Result:
                 value={"key" + text(number + 5): text(number + 6)},
             )
     for index, entry in enumerate(data["cells"]):
-        entry.update(
-            arm=names[entry["arm"]], error=text(index) + "\n" + text(index + 1), fingerprint=text(index + 2)
-        )
+        entry.update(arm=names[entry["arm"]], error=text(index) + "\n" + text(index + 1), fingerprint=text(index + 2))
         entry["status"] = "failed" if index == 0 else entry["status"]
         entry["series"] = {text(position): one for position, one in enumerate(entry["series"].values())}
         for one in entry["series"].values():

@@ -67,7 +67,5 @@ def test_a_line_without_points_is_kept_in_the_legend(results: ModuleType) -> Non
 def test_the_estimate_is_near_the_truth(results: ModuleType) -> None:
     for detail in (FULL, Detail(100, False)):
         result = results.study()
-        real = len(
-            json.dumps([chart.payload() for chart in charts.curves(result, detail)], separators=(",", ":"))
-        )
+        real = len(json.dumps([chart.payload() for chart in charts.curves(result, detail)], separators=(",", ":")))
         assert 0.7 * real < charts.estimated_bytes(result, detail) < 1.4 * real

@@ -50,9 +50,7 @@ class Page(HTMLParser):
             self.text += data
 
     def data(self, identifier: str) -> dict:
-        return next(
-            json.loads(text) for _, attributes, text in self.raw if attributes.get("id") == identifier
-        )
+        return next(json.loads(text) for _, attributes, text in self.raw if attributes.get("id") == identifier)
 
 
 @pytest.fixture(scope="module")
@@ -61,13 +59,9 @@ def pages(results: ModuleType) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_policy_admits_exactly_the_scripts_and_styles_of_the_page(
-    pages: dict[str, str], name: str
-) -> None:
+def test_the_policy_admits_exactly_the_scripts_and_styles_of_the_page(pages: dict[str, str], name: str) -> None:
     page = Page(pages[name])
-    policy = next(
-        a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy"
-    )
+    policy = next(a["content"] for tag, a in page.elements if a.get("http-equiv") == "Content-Security-Policy")
     assert policy is not None
     assert policy.startswith("default-src 'none'; ") and "unsafe" not in policy and "http" not in policy
     admitted = set(re.findall(r"'sha256-[^']+'", policy))
@@ -95,9 +89,7 @@ def test_nothing_is_requested_and_nothing_is_inline(pages: dict[str, str], name:
             "source",
             "use",
         }
-        assert not any(
-            key.startswith("on") or key in ("style", "src", "srcset", "action") for key in attributes
-        )
+        assert not any(key.startswith("on") or key in ("style", "src", "srcset", "action") for key in attributes)
         assert "href" not in attributes or allowed_links.match(attributes["href"] or "")
 
 
@@ -110,15 +102,11 @@ def test_small_with_ordered_headings_unique_ids_and_landmarks(pages: dict[str, s
     assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    targets = [
-        (a["href"] or "")[1:] for tag, a in page.elements if tag == "a" and (a["href"] or "").startswith("#")
-    ]
+    targets = [(a["href"] or "")[1:] for tag, a in page.elements if tag == "a" and (a["href"] or "").startswith("#")]
     assert set(targets) <= set(ids)
     tags = [tag for tag, _ in page.elements]
     assert all(tags.count(landmark) == 1 for landmark in ("main", "nav", "footer"))
-    roles = [
-        attributes for _, attributes in page.elements if attributes.get("role") in ("img", "region", "group")
-    ]
+    roles = [attributes for _, attributes in page.elements if attributes.get("role") in ("img", "region", "group")]
     assert all(attributes.get("aria-label") for attributes in roles)
 
 
@@ -149,9 +137,7 @@ def test_everything_of_a_study_is_shown(results: ModuleType, pages: dict[str, st
         assert expected in text
 
 
-def test_the_numbers_inside_the_page_are_the_result_without_curves(
-    results: ModuleType, pages: dict[str, str]
-) -> None:
+def test_the_numbers_inside_the_page_are_the_result_without_curves(results: ModuleType, pages: dict[str, str]) -> None:
     result = results.study()
     stored = Result.model_validate(Page(pages["study"]).data("report-numbers"))
     bare = [cell.model_copy(update={"series": {}}) for cell in result.cells]
@@ -170,8 +156,7 @@ def test_a_result_with_too_much_of_everything_stays_small(results: ModuleType) -
     curves = {f"layer{layer:02d}/lambda": next(iter(base.cells[0].series.values())) for layer in range(70)}
     cells = [cell.model_copy(update={"series": curves}) for cell in base.cells]
     cells += [
-        CellRecord(arm="attention", seed=100 + i, status="failed", error=f"{i} " + "x" * 50_000)
-        for i in range(300)
+        CellRecord(arm="attention", seed=100 + i, status="failed", error=f"{i} " + "x" * 50_000) for i in range(300)
     ]
     rows = tuple((f"row {index}", index) for index in range(20_000))
     pairs = tuple(Pair(unit=f"item {i}", baseline=1.0, arm=1.0, contrast=i / 5000) for i in range(5000))
@@ -193,11 +178,7 @@ def test_equal_errors_are_shown_once(results: ModuleType) -> None:
 
 def test_the_forest_plot_puts_effect_interval_margin_and_pairs_in_place(pages: dict[str, str]) -> None:
     card = pages["study"].split('class="card holds"')[1].split("</article>")[0]
-    assert (
-        card.count('class="pair"') == 3
-        and card.count('class="effect"') == 1
-        and card.count('class="margin"') == 1
-    )
+    assert card.count('class="pair"') == 3 and card.count('class="effect"') == 1 and card.count('class="margin"') == 1
     margin = float(re.search(r'class="margin" x1="([\d.]+)%"', card)[1])
     effect = float(re.search(r'class="effect" cx="([\d.]+)%"', card)[1])
     neutral = float(re.search(r'class="neutral" x1="([\d.]+)%"', card)[1])

@@ -69,9 +69,7 @@ def test_handlers_and_styles_are_refused(name: str) -> None:
         element("p", **{name: "x"})
 
 
-@pytest.mark.parametrize(
-    "link", ["javascript:alert(1)", "https://example.org", "//example.org", "file:///etc/passwd"]
-)
+@pytest.mark.parametrize("link", ["javascript:alert(1)", "https://example.org", "//example.org", "file:///etc/passwd"])
 def test_links_out_of_the_folder_are_refused(link: str) -> None:
     with pytest.raises(AssertionError, match="inside the report"):
         element("a", "x", href=link)

@@ -33,9 +33,7 @@ def test_quantity(value: float | None, text: str) -> None:
     assert numbers.quantity(value) == text
 
 
-@pytest.mark.parametrize(
-    ("value", "text"), [(0.42, "0.42 s"), (250, "4 min 10 s"), (7500, "2 h 05 min"), (None, "–")]
-)
+@pytest.mark.parametrize(("value", "text"), [(0.42, "0.42 s"), (250, "4 min 10 s"), (7500, "2 h 05 min"), (None, "–")])
 def test_seconds(value: float | None, text: str) -> None:
     assert numbers.seconds(value) == text
 

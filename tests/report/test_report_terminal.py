@@ -15,9 +15,7 @@ from torchstone.report.terminal import print_verdicts
 
 def printed(result: Result, terminal: bool, width: int = 120) -> str:
     stream = io.StringIO()
-    console = Console(
-        file=stream, force_terminal=terminal, width=width, color_system="standard" if terminal else None
-    )
+    console = Console(file=stream, force_terminal=terminal, width=width, color_system="standard" if terminal else None)
     print_verdicts(result, Path("runs/x"), console)
     return stream.getvalue()
 

@@ -25,11 +25,7 @@ def test_differences_keep_the_unit_and_the_interval_sets_the_precision(results: 
 
 
 def test_log_ratios_are_percent_when_small_and_factors_when_large(results: ModuleType) -> None:
-    small = (
-        results.study()
-        .verdicts[2]
-        .model_copy(update={"effect": 0.05, "interval": None, "margin": math.log(1.1)})
-    )
+    small = results.study().verdicts[2].model_copy(update={"effect": 0.05, "interval": None, "margin": math.log(1.1)})
     assert words.scale_for([small], ()).text(math.log(1.1)).startswith("+10.0")
     large = results.algorithm().verdicts[0]
     scale = words.scale_for([large], ())
@@ -38,9 +34,7 @@ def test_log_ratios_are_percent_when_small_and_factors_when_large(results: Modul
 
 def test_summary_of_one_and_of_many(results: ModuleType) -> None:
     result = results.study()
-    assert words.summary(result).startswith(
-        "Of 3 claims, 1 holds, 1 fails and 1 is inconclusive. 1 of 9 cells"
-    )
+    assert words.summary(result).startswith("Of 3 claims, 1 holds, 1 fails and 1 is inconclusive. 1 of 9 cells")
     one = result.model_copy(update={"verdicts": result.verdicts[:1], "cells": ()})
     assert words.summary(one).startswith("The claim holds: Differential attention reaches")
     assert words.summary(results.algorithm()) == "Both claims are inconclusive."

@@ -37,9 +37,7 @@ def test_every_result_survives_the_file(results: ModuleType, tmp_path: Path, nam
     assert report.load(tmp_path) == result
 
 
-def test_render_makes_the_same_reports_and_leaves_the_truth_alone(
-    results: ModuleType, tmp_path: Path
-) -> None:
+def test_render_makes_the_same_reports_and_leaves_the_truth_alone(results: ModuleType, tmp_path: Path) -> None:
     report.write(results.study(), tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in ("result.json", "report.html", "report.md")}
     stamp = (tmp_path / "result.json").stat().st_mtime_ns

@@ -76,8 +76,7 @@ def test_looking_without_the_rule_is_what_it_prevents() -> None:
     """The usual interval at every look decides identical arms in clearly more than 5 %."""
     draws = np.random.default_rng(4).standard_normal((3_000, 10))
     decided = sum(
-        any(decide(t_estimate(values[:n])).status != "inconclusive" for n in declared_looks(3, 10))
-        for values in draws
+        any(decide(t_estimate(values[:n])).status != "inconclusive" for n in declared_looks(3, 10)) for values in draws
     )
     assert decided / len(draws) > 0.08
 
@@ -120,9 +119,7 @@ def test_half_splits_of_one_set_of_problems() -> None:
                 solved = spend(policy, train, test, 6)[0].per_problem.tolist()
                 values[seed] = dict(zip(test.problems, solved, strict=True))
         contrasts = paired_items(mixed, pure)
-        estimate = clustered_estimate(
-            contrasts.values, contrasts.clusters, np.random.default_rng(trial), resamples=400
-        )
+        estimate = clustered_estimate(contrasts.values, contrasts.clusters, np.random.default_rng(trial), resamples=400)
         held += decide(estimate).status == "holds"
         covered += estimate.low <= 0 <= estimate.high
     assert held / trials <= 0.05

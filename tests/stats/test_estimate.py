@@ -34,10 +34,7 @@ def test_t_interval_and_p_values_are_scipys(values: list[float], margin: float) 
 @given(VALUES, st.floats(-5, 5))
 def test_interval_and_p_value_agree_on_the_verdict(values: list[float], margin: float) -> None:
     estimate = t_estimate(values, margin=margin)
-    if (
-        estimate.p_greater is None
-        or min(abs(estimate.p_greater - 0.025), abs(estimate.p_less - 0.025)) < 1e-9
-    ):
+    if estimate.p_greater is None or min(abs(estimate.p_greater - 0.025), abs(estimate.p_less - 0.025)) < 1e-9:
         return
     status = decide(estimate, margin=margin, direction="greater").status
     assert (status == "holds") == (estimate.p_greater < 0.025)

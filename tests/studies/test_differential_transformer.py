@@ -13,7 +13,15 @@ def test_arms_are_matched_and_differ_by_their_intervention_only():
     study = DifferentialTransformer()
     arms = {arm.name: arm for arm in study.check(study.scales["toy"])}
     records = {name: study.arm_record(arm) for name, arm in arms.items()}
-    assert set(arms) >= {"softmax", "few-heads", "few-heads-norm", "diff-v1", "diff-v1-no-norm", "diff-v2", "more-heads"}
+    assert set(arms) >= {
+        "softmax",
+        "few-heads",
+        "few-heads-norm",
+        "diff-v1",
+        "diff-v1-no-norm",
+        "diff-v2",
+        "more-heads",
+    }
     for name, record in records.items():
         if not name.startswith("text."):
             assert abs(record.parameters / records["softmax"].parameters - 1) <= 0.005

@@ -81,7 +81,4 @@ def test_published_looks_in_the_given_folder(tmp_path: Path, monkeypatch: pytest
 
 
 def test_the_study_file_is_short() -> None:
-    assert (
-        len(Path(__file__).parents[2].joinpath("src/torchstone/studies/osca.py").read_text().splitlines())
-        <= 150
-    )
+    assert len(Path(__file__).parents[2].joinpath("src/torchstone/studies/osca.py").read_text().splitlines()) <= 150

@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 
-def torchrun(recipe: dict[str, Any], directory: Path, ranks: int = 2, **request: Any) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    recipe: dict[str, Any], directory: Path, ranks: int = 2, **request: Any
+) -> subprocess.CompletedProcess[str]:
     """Train on several gloo processes with one thread each; their notes lie beside `directory`."""
     message = {"recipe": recipe, "directory": str(directory), **request}
     with socket.socket() as probe:
@@ -81,7 +83,11 @@ def _main() -> None:
         for budget in request.get("budgets", [request["recipe"]["budget"]]):
             recipe = {**request["recipe"], "budget": budget}
             summary = train(
-                recipe, directory, compute=Compute("fp32", False), progress=lambda state: None, **request.get("options", {})
+                recipe,
+                directory,
+                compute=Compute("fp32", False),
+                progress=lambda state: None,
+                **request.get("options", {}),
             )
             seen["losses"] = summary.history["train"]["loss"]
     except TorchstoneError as error:

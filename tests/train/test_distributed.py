@@ -15,9 +15,7 @@ from torchstone.train.distributed import World
 from torchstone.train.precision import Compute
 from torchstone.train.run import train
 
-RECIPE = tiny_recipe(
-    budget={"steps": 5}, batch={"sequences": 4, "micro": 1}, evaluation={"every": 2, "sequences": 10}
-)
+RECIPE = tiny_recipe(budget={"steps": 5}, batch={"sequences": 4, "micro": 1}, evaluation={"every": 2, "sequences": 10})
 STEPS = range(5)
 
 
@@ -29,7 +27,7 @@ def rows_by_step(directory, rank):
 
 
 def test_two_ranks_train_as_one_process_does(tmp_path):
-    """Also across a resume in the same processes, which leave their group and join a new one."""
+    """Also across a resume in the same processes, which keep their group."""
     directory = tmp_path / "pair" / "run"
     directory.parent.mkdir()
     found = torchrun(RECIPE, directory, budgets=[{"steps": 3}, {"steps": 5}])
@@ -47,9 +45,7 @@ def test_two_ranks_train_as_one_process_does(tmp_path):
     kinds = [(line["kind"], line["step"]) for line in lines]
     assert len(kinds) == len(set(kinds)), "more than one rank wrote metrics"
     validation = {line["step"]: line["loss"] for line in lines if line["kind"] == "validation"}
-    expected = dict(
-        zip(alone.history["validation"]["steps"], alone.history["validation"]["loss"], strict=True)
-    )
+    expected = dict(zip(alone.history["validation"]["steps"], alone.history["validation"]["loss"], strict=True))
     assert validation.keys() >= expected.keys()
     assert [validation[step] for step in expected] == pytest.approx(list(expected.values()), rel=1e-5)
 

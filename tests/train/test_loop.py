@@ -95,9 +95,7 @@ def test_training_neither_reads_nor_moves_the_default_generator(tmp_path):
 
 
 def test_clipping_bounds_the_update_and_reports_the_norm_before():
-    clipped, free = (
-        trainer(optimizer={"kind": "adamw", "clip": clip, "learning_rate": 1e-3}) for clip in (1e-3, None)
-    )
+    clipped, free = (trainer(optimizer={"kind": "adamw", "clip": clip, "learning_rate": 1e-3}) for clip in (1e-3, None))
     norms = [one.step()["gradient_norm"] for one in (clipped, free)]
     assert norms[0] == pytest.approx(norms[1]) and norms[0] > 0.1
     left = math.sqrt(sum(float(value.grad.square().sum()) for value in clipped.model.parameters()))

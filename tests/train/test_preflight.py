@@ -29,7 +29,9 @@ def test_a_small_run_passes(tmp_path):
 
 
 def test_a_step_that_needs_more_memory_than_there_is_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"a training step of 1000000000 sequences needs about .* GB .*batch\.micro lower"):
+    with pytest.raises(
+        ConfigError, match=r"a training step of 1000000000 sequences needs about .* GB .*batch\.micro lower"
+    ):
         check(tmp_path, batch={"sequences": 10**9})
     check(tmp_path, batch={"sequences": 10**9, "micro": 4})
 

@@ -36,9 +36,7 @@ def place(tmp_path, monkeypatch):
 def start(*words: str) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torchstone", *words]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def call(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -162,5 +160,8 @@ def test_greedy_with_chance_settings_is_refused(place, capsys):
 @pytest.mark.parametrize("verb", ["train", "generate"])
 def test_help_names_every_option(verb):
     shown = CliRunner().invoke(app, [verb, "--help"]).output
-    options = {"train": ["--out", "--no-resume", "--fallback", "--allow"], "generate": ["--prompt", "--top-p", "--step"]}
+    options = {
+        "train": ["--out", "--no-resume", "--fallback", "--allow"],
+        "generate": ["--prompt", "--top-p", "--step"],
+    }
     assert all(option in shown for option in options[verb])

@@ -21,9 +21,7 @@ def allocate(
     budget: Annotated[float, typer.Option(help="Samples per problem; with --cost, total cost per problem.")],
     split: Annotated[
         str | None,
-        typer.Option(
-            help="Column with train/test, kfold:K or half. Default: column `split` if any, else kfold:5."
-        ),
+        typer.Option(help="Column with train/test, kfold:K or half. Default: column `split` if any, else kfold:5."),
     ] = None,
     cost: Annotated[
         Path | None, typer.Option(help="JSON object: configuration -> cost of one sample. Default: 1 each.")

@@ -7,53 +7,44 @@ from typing import Annotated
 
 import typer
 
+from torchstone.cli.options import MOST_SEEDS, Jobs, MaxSeeds, On, Out, UntilDecided
 from torchstone.errors import ConfigError
+
+Arms = Annotated[list[str] | None, typer.Option("--arm", help="[NAME:]key=value[,key=value…]; repeat for more arms.")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides for every arm.")]
+Match = Annotated[str, typer.Option(help="What every arm must equal: params, flops or none.")]
+Free = Annotated[str, typer.Option(help="What may change to match: feedforward, depth, width or steps.")]
+Tolerance = Annotated[float, typer.Option(help="Largest relative residual of a match.")]
+Tune = Annotated[bool, typer.Option("--tune", help="Select each arm's peak learning rate on separate seeds.")]
+Grid = Annotated[
+    str | None, typer.Option(help="Rates for --tune, comma-separated; default 1/4 to 4 times the recipe's.")
+]
+Metric = Annotated[str, typer.Option(help="What decides: validation_loss or accuracy.")]
+Margin = Annotated[float, typer.Option(help="Smallest advantage worth claiming, in the metric's unit.")]
 
 
 def compare(
     recipe: Annotated[Path, typer.Argument(help="Baseline recipe (YAML).")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value overrides for every arm.")] = None,
-    arm: Annotated[
-        list[str] | None, typer.Option("--arm", help="[NAME:]key=value[,key=value…]; repeat for more arms.")
-    ] = None,
+    overrides: Overrides = None,
+    arm: Arms = None,
     seeds: Annotated[int, typer.Option(help="Paired seeds.")] = 3,
-    until_decided: Annotated[
-        bool, typer.Option("--until-decided", help="Add seeds under a group-sequential rule.")
-    ] = False,
-    max_seeds: Annotated[int, typer.Option(help="Most seeds that --until-decided may use.")] = 12,
-    match: Annotated[str, typer.Option(help="What every arm must equal: params, flops or none.")] = "params",
-    free: Annotated[
-        str, typer.Option(help="What may change to match: feedforward, depth, width or steps.")
-    ] = "feedforward",
-    tolerance: Annotated[float, typer.Option(help="Largest relative residual of a match.")] = 0.005,
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Select each arm's peak learning rate on separate seeds.")
-    ] = False,
+    until_decided: UntilDecided = False,
+    max_seeds: MaxSeeds = MOST_SEEDS,
+    match: Match = "params",
+    free: Free = "feedforward",
+    tolerance: Tolerance = 0.005,
+    tune: Tune = False,
     tune_seeds: Annotated[int, typer.Option(help="Seeds for --tune.")] = 1,
-    grid: Annotated[
-        str | None,
-        typer.Option(help="Rates for --tune, comma-separated; default 1/4 to 4 times the recipe's."),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="What decides: validation_loss or accuracy.")
-    ] = "validation_loss",
-    margin: Annotated[
-        float, typer.Option(help="Smallest advantage worth claiming, in the metric's unit.")
-    ] = 0.0,
-    on: Annotated[
-        str, typer.Option(help="Where cells run: local, inline, ray or ray://HOST:PORT.")
-    ] = "local",
-    jobs: Annotated[
-        int | None, typer.Option(help="Cells at a time; default: chosen from cores and model size.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory; the same one continues. Default: runs/compare-FINGERPRINT."),
-    ] = None,
+    grid: Grid = None,
+    metric: Metric = "validation_loss",
+    margin: Margin = 0.0,
+    on: On = "local",
+    jobs: Jobs = None,
+    out: Out = None,
 ) -> None:
     """Train a baseline and its arms, matched and over paired seeds, and judge each arm.
 
-    Example: torchstone compare recipes/tiny.yaml --arm v2:model.block.mixer.kind=differential,model.block.mixer.version=v2
+    Example: torchstone compare recipes/tiny.yaml --arm 'v2:model.block.mixer={kind: differential, version: v2}'
     """
     from torchstone.lab.compare import compare as run
     from torchstone.lab.runner import RunOptions
@@ -61,15 +52,12 @@ def compare(
     from torchstone.recipe.load import load_recipe
     from torchstone.report.terminal import print_verdicts
 
-    if match not in ("params", "flops", "none"):
-        raise ConfigError(f"cannot match {match!r}; --match takes params, flops or none.")
-    matching = "none" if match == "none" else Matching(match, free, tolerance)  # type: ignore[arg-type]
     finished = run(
         load_recipe(recipe, overrides or []),
         arm or [],
         seeds=seeds,
         max_seeds=max_seeds if until_decided else None,
-        match=matching,
+        match=Matching(match, free, tolerance) if match in ("params", "flops") else match,  # type: ignore[arg-type]
         out=out,
         tune_seeds=tune_seeds if tune else 0,
         grid=_rates(grid),
@@ -86,6 +74,4 @@ def _rates(grid: str | None) -> list[float] | None:
     try:
         return [float(rate) for rate in grid.split(",")]
     except ValueError as error:
-        raise ConfigError(
-            f"--grid takes comma-separated numbers such as 1e-3,3e-3; given {grid!r}."
-        ) from error
+        raise ConfigError(f"--grid takes comma-separated numbers such as 1e-3,3e-3; given {grid!r}.") from error

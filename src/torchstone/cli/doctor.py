@@ -91,8 +91,7 @@ def _machine() -> dict[str, str]:
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
         found[f"GPU {index}"] = (
-            f"{device.name}, {device.total_memory / 1024**3:.0f} GiB, "
-            f"capability {device.major}.{device.minor}"
+            f"{device.name}, {device.total_memory / 1024**3:.0f} GiB, capability {device.major}.{device.minor}"
         )
     if not torch.cuda.is_available():
         found["GPU"] = "none that torch can use"
@@ -152,9 +151,7 @@ def _compile(problems: list[str]) -> dict[str, str]:
     if compiler is None:
         problems.append("no C++ compiler: torch.compile is off on the CPU; install g++ or clang++")
     elif not headers.is_file():
-        problems.append(
-            f"no {headers}: torch.compile may fail on the CPU; install Python's development files"
-        )
+        problems.append(f"no {headers}: torch.compile may fail on the CPU; install Python's development files")
     return {
         "C++ compiler": compiler or "none",
         "Python headers": str(headers) if headers.is_file() else "none",
@@ -179,9 +176,7 @@ def _storage(problems: list[str]) -> dict[str, str]:
     here = Path.cwd()
     free = shutil.disk_usage(here).free
     if free < LEAST_FREE_BYTES:
-        problems.append(
-            f"{free / 1024**3:.1f} GiB free at {here}: checkpoints need room; free some, or run elsewhere"
-        )
+        problems.append(f"{free / 1024**3:.1f} GiB free at {here}: checkpoints need room; free some, or run elsewhere")
     if not os.access(here, os.W_OK):
         problems.append(f"{here} cannot be written to; runs go there unless --out names another folder")
     data = os.environ.get("TORCHSTONE_DATA")

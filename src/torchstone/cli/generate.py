@@ -20,9 +20,7 @@ def generate(
         float | None, typer.Option(help="Below 1: closer to the most likely tokens. Default: 0.8.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Draw from the k most likely tokens only.")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Draw from the fewest tokens that hold this probability.")
-    ] = None,
+    top_p: Annotated[float | None, typer.Option(help="Draw from the fewest tokens that hold this probability.")] = None,
     greedy: Annotated[bool, typer.Option("--greedy", help="Always take the most likely token.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draws.")] = 0,
     stop: Annotated[

@@ -15,9 +15,7 @@ from torchstone.methods import METHODS, Method
 
 
 def methods(
-    tag: Annotated[
-        list[str] | None, typer.Option(help="Only methods with this tag; repeat for more tags.")
-    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Only methods with this tag; repeat for more tags.")] = None,
     done: Annotated[bool, typer.Option("--done", help="Only methods that are done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -29,9 +27,7 @@ def methods(
     chosen = [item for item in METHODS.values() if wanted <= set(item.tags) and (item.done or not done)]
     if as_json:
         typer.echo(
-            json.dumps(
-                [{**asdict(item), "paths": item.paths()} for item in chosen], indent=2, ensure_ascii=False
-            )
+            json.dumps([{**asdict(item), "paths": item.paths()} for item in chosen], indent=2, ensure_ascii=False)
         )
         return
     for date, items in groupby(chosen, key=lambda item: item.digest):

@@ -14,9 +14,7 @@ if TYPE_CHECKING:
     from torchstone.models.counts import Counts
     from torchstone.recipe.schema import Recipe
 
-recipe = typer.Typer(
-    no_args_is_help=True, help="Show or check a recipe; list the kinds that a recipe may use."
-)
+recipe = typer.Typer(no_args_is_help=True, help="Show or check a recipe; list the kinds that a recipe may use.")
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe (YAML).", metavar="RECIPE")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides.", metavar="KEY=VALUE")]
@@ -45,16 +43,12 @@ def check(file: RecipeFile, overrides: Overrides = None) -> None:
 
     loaded = load_recipe(file, overrides or [])
     parameters = counts_of(loaded).parameters
-    typer.echo(
-        f"{file} is a valid recipe: {loaded.model.kind}, {human(parameters)} parameters, {_budget(loaded)}."
-    )
+    typer.echo(f"{file} is a valid recipe: {loaded.model.kind}, {human(parameters)} parameters, {_budget(loaded)}.")
 
 
 @recipe.command("kinds")
 def kinds(
-    family: Annotated[
-        str | None, typer.Argument(help="Family, or a place such as model.block.mixer.")
-    ] = None,
+    family: Annotated[str | None, typer.Argument(help="Family, or a place such as model.block.mixer.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the kinds of a family with every setting, its type, default and meaning; alone, list the families.
@@ -113,9 +107,7 @@ def _memory(loaded: Recipe, counts: Counts) -> str:
     rows = loaded.batch.micro or loaded.batch.sequences
     output_vd = torch.empty(counts.vocab_size, counts.width, device="meta")
     chunk = getattr(loaded.objective, "chunk", None) or chunk_size(output_vd)
-    precisions: tuple[Precision, ...] = (
-        ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
-    )
+    precisions: tuple[Precision, ...] = ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
     parts = []
     for precision in precisions:
         found = memory_estimate(counts, rows, precision, optimizer, chunk)

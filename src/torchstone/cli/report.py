@@ -9,9 +9,7 @@ import typer
 
 
 def report(
-    directory: Annotated[
-        Path, typer.Argument(help="Directory of a finished study or comparison (holds result.json).")
-    ],
+    directory: Annotated[Path, typer.Argument(help="Directory of a finished study or comparison (holds result.json).")],
 ) -> None:
     """Make report.html and report.md again from result.json, and print the verdicts."""
     from torchstone.report.terminal import print_verdicts

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from torchstone.cli.options import MOST_SEEDS, Jobs, MaxSeeds, On, Out, UntilDecided
 
 study = typer.Typer(no_args_is_help=True, help="Studies: published claims that one command tests again.")
 
@@ -46,26 +47,17 @@ def run(
     slug: Annotated[str, typer.Argument(help="Slug of a method; see `torchstone study list`.")],
     scale: Annotated[str, typer.Option(help="smoke (seconds), toy (minutes on a laptop) or gpu.")] = "toy",
     seeds: Annotated[int | None, typer.Option(help="Paired seeds; default: the scale's.")] = None,
-    until_decided: Annotated[
-        bool, typer.Option("--until-decided", help="Add seeds under a group-sequential rule.")
-    ] = False,
-    max_seeds: Annotated[int, typer.Option(help="Most seeds that --until-decided may use.")] = 12,
-    on: Annotated[
-        str, typer.Option(help="Where cells run: local, inline, ray or ray://HOST:PORT.")
-    ] = "local",
-    jobs: Annotated[
-        int | None, typer.Option(help="Cells at a time; default: chosen from cores and model size.")
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Directory; the same one continues. Default: runs/SLUG-SCALE-FINGERPRINT."),
-    ] = None,
+    until_decided: UntilDecided = False,
+    max_seeds: MaxSeeds = MOST_SEEDS,
+    on: On = "local",
+    jobs: Jobs = None,
+    out: Out = None,
 ) -> None:
     """Run a study to its verdicts and write result.json, report.html and report.md."""
-    import torchstone.studies
+    from torchstone.lab.catalogue import study as find
+    from torchstone.lab.runner import RunOptions, run_study
     from torchstone.report.terminal import print_verdicts
 
-    finished = torchstone.studies[slug].run(
-        scale, seeds=seeds, out=out, on=on, jobs=jobs, max_seeds=max_seeds if until_decided else None
-    )
+    options = RunOptions(scale, seeds, out, on, jobs, max_seeds if until_decided else None)
+    finished = run_study(find(slug), options)
     print_verdicts(finished.result, finished.directory)

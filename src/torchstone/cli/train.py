@@ -19,9 +19,7 @@ def train(
         Path | None,
         typer.Option(help="Run directory; the same one continues. Default: runs/train-FINGERPRINT."),
     ] = None,
-    no_resume: Annotated[
-        bool, typer.Option("--no-resume", help="Refuse a directory that holds a run.")
-    ] = False,
+    no_resume: Annotated[bool, typer.Option("--no-resume", help="Refuse a directory that holds a run.")] = False,
     fallback: Annotated[
         bool,
         typer.Option("--fallback", help="If the newest checkpoint is damaged, use the newest intact one."),

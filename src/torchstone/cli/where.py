@@ -23,9 +23,7 @@ def where(
     method = find(slug)
     places = _places(method)
     if as_json:
-        typer.echo(
-            json.dumps({name: [str(path) for path in paths] for name, paths in places.items()}, indent=2)
-        )
+        typer.echo(json.dumps({name: [str(path) for path in paths] for name, paths in places.items()}, indent=2))
         return
     typer.echo(f"{method.title}\n{method.authors}{', ' + method.url if method.url else ''}\n{method.claim}\n")
     for name, paths in places.items():
@@ -47,11 +45,7 @@ def _places(method: Method) -> dict[str, list[Path]]:
         elif root is not None:
             places[name] = [root / path for path in paths]
         else:
-            inside = [
-                Path(path).relative_to("src/torchstone")
-                for path in paths
-                if path.startswith("src/torchstone/")
-            ]
+            inside = [Path(path).relative_to("src/torchstone") for path in paths if path.startswith("src/torchstone/")]
             places[name] = [package / path for path in inside]
     return places
 

@@ -78,9 +78,7 @@ def _load(settings: HuggingFaceConfig) -> Any:
             f"the data set {settings.name} needs datasets; run: pip install 'torchstone[hf]'"
         ) from error
     try:
-        return datasets.load_dataset(
-            settings.name, settings.subset, split=settings.split, revision=settings.revision
-        )
+        return datasets.load_dataset(settings.name, settings.subset, split=settings.split, revision=settings.revision)
     except (OSError, ValueError, RuntimeError) as error:
         raise DataError(
             f"the data set {settings.name} (split {settings.split}, revision "

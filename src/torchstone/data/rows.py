@@ -119,9 +119,7 @@ def _zstandard(file: BinaryIO, location: str, form: Format) -> Iterator[Row]:
     yield from _compressed(open_zstandard(file), location, form, (zstandard.ZstdError, EOFError))
 
 
-def _compressed(
-    inner: Any, location: str, form: Format, damage: tuple[type[Exception], ...]
-) -> Iterator[Row]:
+def _compressed(inner: Any, location: str, form: Format, damage: tuple[type[Exception], ...]) -> Iterator[Row]:
     line = 0
     try:
         for row in _json_lines(inner, location, form):

@@ -162,9 +162,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _damaged(folder: Path, reason: str) -> DataError:
-    return DataError(
-        f"the tokenised corpus in {folder} is damaged: {reason}. Delete the folder to build it again."
-    )
+    return DataError(f"the tokenised corpus in {folder} is damaged: {reason}. Delete the folder to build it again.")
 
 
 def _open_shard(folder: Path, name: str, manifest: dict[str, Any]) -> Shard:
@@ -218,9 +216,7 @@ class _Reading:
             yield document
 
 
-def _build(
-    folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]
-) -> None:
+def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]) -> None:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     reading = _Reading(corpus)
     with ExitStack() as stack, progress("tokenising the corpus") as advance:
@@ -229,9 +225,7 @@ def _build(
     if reading.rejected:
         lines = [json.dumps(vars(item)) + "\n" for item in reading.rejected]
         (folder / _QUARANTINE).write_text("".join(lines), encoding="utf-8")
-    written = {
-        path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())
-    }
+    written = {path.name: {"size": path.stat().st_size, "hash": file_hash(path)} for path in sorted(folder.iterdir())}
     manifest: dict[str, Any] = {
         "format": FORMAT,
         "source": source,

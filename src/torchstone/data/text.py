@@ -46,9 +46,7 @@ class TextConfig(Part):
     tokenizer: part_field("tokenizer") = {"kind": "bpe"}  # type: ignore[valid-type]
     length: int = Field(default=128, gt=0, description="tokens of a sequence")
     mask_documents: bool = Field(default=False, description="attention and positions stay inside a document")
-    validation_fraction: float = Field(
-        default=0.05, gt=0, lt=1, description="share of the documents held out"
-    )
+    validation_fraction: float = Field(default=0.05, gt=0, lt=1, description="share of the documents held out")
 
     def vocabulary(self) -> int:
         """Number of token ids, without building the data."""
@@ -90,9 +88,7 @@ class TextSource:
         mask_documents: give document ids and restarting positions with each batch.
     """
 
-    def __init__(
-        self, shards: Shards, tokenizer: Tokenizer, length: int, mask_documents: bool = False
-    ) -> None:
+    def __init__(self, shards: Shards, tokenizer: Tokenizer, length: int, mask_documents: bool = False) -> None:
         self.shards = shards
         self.tokenizer = tokenizer
         self.length = length

@@ -50,12 +50,8 @@ class BPEConfig(Part):
 
     family: ClassVar[str] = "tokenizer"
     kind: Literal["bpe"] = "bpe"
-    vocab_size: int = Field(
-        default=1024, ge=258, le=1_000_000, description="ids, the end of a document included"
-    )
-    sample_bytes: int = Field(
-        default=4_000_000, gt=0, description="bytes of training text that merges are counted on"
-    )
+    vocab_size: int = Field(default=1024, ge=258, le=1_000_000, description="ids, the end of a document included")
+    sample_bytes: int = Field(default=4_000_000, gt=0, description="bytes of training text that merges are counted on")
 
     def vocabulary(self) -> int:
         """Number of token ids. A tiny corpus may leave the last ones unused."""
@@ -217,6 +213,4 @@ def _end_id(tokenizer: hf.Tokenizer, path: Path, name: str | None) -> int:
         if (found := tokenizer.token_to_id(candidate)) is not None:
             return found
     tried = "none of " + ", ".join(_ENDS) if name is None else f"no {name!r}"
-    raise DataError(
-        f"{path} has {tried} to end a document; name its token: data.tokenizer.end_of_document=TOKEN."
-    )
+    raise DataError(f"{path} has {tried} to end a document; name its token: data.tokenizer.end_of_document=TOKEN.")

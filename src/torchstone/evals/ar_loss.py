@@ -17,9 +17,7 @@ from torchstone.errors import DataError
 
 
 @torch.no_grad()
-def ar_losses(
-    model: Any, objective: nn.Module, data: Any, sequences: int, size: int = 32
-) -> dict[str, float]:
+def ar_losses(model: Any, objective: nn.Module, data: Any, sequences: int, size: int = 32) -> dict[str, float]:
     """`ar_hit_loss` and `other_loss` in nats per token, and `ar_hit_share` of the targets.
 
     Args:

@@ -77,7 +77,7 @@ class Trained:
         """Share of the batches' targets that the model ranks first."""
         import torch
 
-        objective = self.recipe.objective.build()  # type: ignore[attr-defined]
+        objective = self.recipe.objective.build()
         with torch.no_grad():
             outputs = [objective(self.model, batch) for batch in batches]
         return float(sum(output.correct_bt.sum() for output in outputs)) / float(

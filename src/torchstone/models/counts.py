@@ -4,11 +4,14 @@ What is counted
   FLOPs        a multiplication and an addition are 2. Matrix products only: projections, feed-forward, attention
                scores and attention outputs, the output head. Norms, softmax, rotation, embedding and loss are not.
   attention    in full, T keys for every query, though causal kernels skip about half and windowed ones more.
-               torch.utils.flop_counter counts alike; a test compares the two.
+               Maps that a mixer combines (differential attention) are combined before they read the values, as
+               the eager core does; fused kernels read once per map. torch.utils.flop_counter counts alike; tests
+               compare the two.
   training     three forward passes: the gradient of a product is two products of the same size.
   non-embedding parameters   all but the token embedding and an output matrix of its own.
 
-Pitfall: memory is an estimate. Kernels keep other tensors than the formula thinks and allocators round up.
+Pitfall: memory is an estimate. Kernels keep other tensors than the formula thinks, such as the attention maps of short
+sequences on the CPU (`nn.attention.blocked`), and allocators round up.
 """
 
 from __future__ import annotations

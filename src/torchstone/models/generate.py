@@ -128,7 +128,9 @@ def _check(model: Decoder, prompts: Sequence[Sequence[int]], max_new: int, stop:
         raise ConfigError(f"max_new is {max_new}; ask for at least one token.")
     for number, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ConfigError(f"prompt {number} is empty; give at least one token (a start-of-text token, for example).")
+            raise ConfigError(
+                f"prompt {number} is empty; give at least one token (a start-of-text token, for example)."
+            )
         wrong = [token for token in prompt if not 0 <= token < model.vocab_size]
         if wrong:
             raise ConfigError(

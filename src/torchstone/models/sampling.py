@@ -47,7 +47,9 @@ class Sampling:
         if self.top_p is not None and not (0 < self.top_p <= 1):
             raise ConfigError(f"top_p is {self.top_p}; it must be above 0 and at most 1, or None for all tokens.")
         if self.greedy and (self.temperature != 1.0 or self.top_k is not None or self.top_p is not None):
-            raise ConfigError("greedy=True takes the most likely token; remove temperature, top_k and top_p, or greedy.")
+            raise ConfigError(
+                "greedy=True takes the most likely token; remove temperature, top_k and top_p, or greedy."
+            )
 
     def probabilities(self, logits_bv: Tensor) -> Tensor:
         """fp64 distribution that tokens are drawn from, [b, v]."""

@@ -132,6 +132,7 @@ class KVCache:
         self.v_bgse[:, :, start:stop] = v_bgte
         segments_bs = None
         if self.segments_bs is not None:
+            assert segments_bt is not None
             self.segments_bs[:, start:stop] = segments_bt
             segments_bs = self.segments_bs[:, :stop]
         index_s = torch.arange(stop, device=k_bgtd.device)
@@ -143,6 +144,7 @@ class KVCache:
         self.k_bgsd[:, :, slot : slot + 1] = k_bgtd
         self.v_bgse[:, :, slot : slot + 1] = v_bgte
         if self.segments_bs is not None:
+            assert segments_bt is not None
             self.segments_bs[:, slot : slot + 1] = segments_bt
         slots = torch.arange(self.size, device=k_bgtd.device)
         index_s = self.length - (self.length - slots) % self.size

@@ -26,9 +26,7 @@ def parse_arm(text: str) -> tuple[str, list[str]]:
     name, rest = _name_and_rest(text)
     overrides = [part.strip() for part in _split(rest)] if rest.strip() else []
     if not overrides and not name:
-        raise ConfigError(
-            "an arm is empty; write [NAME:]key=value[,key=value…], see `torchstone recipe kinds`."
-        )
+        raise ConfigError("an arm is empty; write [NAME:]key=value[,key=value…], see `torchstone recipe kinds`.")
     for override in overrides:
         if "=" not in override:
             raise ConfigError(
@@ -43,9 +41,7 @@ def _name_and_rest(text: str) -> tuple[str, str]:
     if colon >= 0 and (equals < 0 or colon < equals):
         name = text[:colon].strip()
         if not name:
-            raise ConfigError(
-                f"arm {shown(text)} has an empty name; write NAME:key=value, or key=value alone."
-            )
+            raise ConfigError(f"arm {shown(text)} has an empty name; write NAME:key=value, or key=value alone.")
         return name, text[colon + 1 :]
     return "", text
 
@@ -66,9 +62,7 @@ def _split(text: str) -> list[str]:
             parts.append(text[start:place])
             start = place + 1
     if quote or closers:
-        raise ConfigError(
-            f"arm {shown(text)}: {quote or closers[-1]!r} is missing; close every bracket and quote."
-        )
+        raise ConfigError(f"arm {shown(text)}: {quote or closers[-1]!r} is missing; close every bracket and quote.")
     return [*parts, text[start:]]
 
 

@@ -50,12 +50,7 @@ def _values(before: Any, after: Any, path: str) -> Iterator[Difference]:
     elif isinstance(before, Mapping) and isinstance(after, Mapping) and before.keys() == after.keys():
         for key in after:
             yield from _values(before[key], after[key], f"{path}.{key}")
-    elif (
-        isinstance(before, tuple)
-        and isinstance(after, tuple)
-        and len(before) == len(after)
-        and _has_parts(after)
-    ):
+    elif isinstance(before, tuple) and isinstance(after, tuple) and len(before) == len(after) and _has_parts(after):
         for index, pair in enumerate(zip(before, after, strict=True)):
             yield from _values(*pair, f"{path}.{index}")
     elif plain(before) != plain(after):

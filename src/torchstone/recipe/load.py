@@ -58,9 +58,7 @@ def _document(source: str | Path | Mapping[str, Any] | Recipe) -> Document:
     except FileNotFoundError as error:
         raise ConfigError(f"there is no recipe {path}.{_nearest_file(path)}") from error
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"cannot read {shown(str(path))}: {error}. Give the path of a YAML file."
-        ) from error
+        raise ConfigError(f"cannot read {shown(str(path))}: {error}. Give the path of a YAML file.") from error
     if path.is_dir():
         inside = path / "recipe.yaml"
         hint = f" Did you mean {inside}?" if inside.is_file() else ""

@@ -42,15 +42,11 @@ def split_override(override: str) -> tuple[KeyPath, Any]:
             f"optimizer.learning_rate=3e-4."
         )
     text = text.strip()
-    value = (
-        text if text.startswith(("*", "@", "%", "`")) else parse_yaml(text, f"override {key.strip()}").data
-    )
+    value = text if text.startswith(("*", "@", "%", "`")) else parse_yaml(text, f"override {key.strip()}").data
     return tuple(int(step) if step.isdigit() else step for step in steps), value
 
 
-def apply_overrides(
-    data: Mapping[str, Any], overrides: Sequence[str]
-) -> tuple[dict[str, Any], list[KeyPath]]:
+def apply_overrides(data: Mapping[str, Any], overrides: Sequence[str]) -> tuple[dict[str, Any], list[KeyPath]]:
     """Plain data of a recipe after overrides, and the key paths that they set.
 
     Args:

@@ -74,9 +74,7 @@ def _places_of(key: str, slot: Slot, data: Any, path: KeyPath) -> Iterator[KeyPa
             yield from _places_of(key, child, inner, (*path, name))
 
 
-def config_error(
-    error: ValidationError, root: Slot, data: Any, document: Document | None = None
-) -> ConfigError:
+def config_error(error: ValidationError, root: Slot, data: Any, document: Document | None = None) -> ConfigError:
     """The ConfigError that says what pydantic found.
 
     Args:
@@ -99,9 +97,7 @@ def config_error(
     return ConfigError(f"{place}{found[first]}{more}")
 
 
-def _real_path(
-    location: Sequence[str | int], root: Slot, data: Any
-) -> tuple[KeyPath, type[BaseModel] | None]:
+def _real_path(location: Sequence[str | int], root: Slot, data: Any) -> tuple[KeyPath, type[BaseModel] | None]:
     """The key path in a pydantic location (which also names union branches), and the class that holds its
     last key."""
     path: list[str | int] = []
@@ -153,8 +149,4 @@ def _sentence(item: Any, path: KeyPath, cls: type[BaseModel] | None, root: Slot,
 
 
 def _article(words: str) -> str:
-    return (
-        words
-        if words.startswith(("'", "one of", "true"))
-        else ("an " if words[0] in "aeiou" else "a ") + words
-    )
+    return words if words.startswith(("'", "one of", "true")) else ("an " if words[0] in "aeiou" else "a ") + words

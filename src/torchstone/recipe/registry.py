@@ -52,8 +52,7 @@ def _third_party() -> dict[tuple[str, str], str]:
         family, _, kind = entry.name.partition(".")
         if kind in KINDS.get(family, {}):
             raise ConfigError(
-                f"entry point {entry.name!r} ({entry.value}) would replace a built-in kind; rename it in its "
-                "package."
+                f"entry point {entry.name!r} ({entry.value}) would replace a built-in kind; rename it in its package."
             )
         found[(family, kind)] = entry.value
     return found
@@ -95,9 +94,7 @@ def parse_part(family: str, value: Any) -> Part:
         return part_class(family, value).model_validate({})
     if isinstance(value, Mapping):
         if "kind" not in value:
-            raise ConfigError(
-                f"the {family} needs the key 'kind'; allowed kinds: {', '.join(kinds(family))}."
-            )
+            raise ConfigError(f"the {family} needs the key 'kind'; allowed kinds: {', '.join(kinds(family))}.")
         return part_class(family, value["kind"]).model_validate(dict(value))
     raise ConfigError(
         f"the {family} is a kind name or a mapping with 'kind'; {value!r:.60} was given. "

@@ -63,9 +63,7 @@ class Budget(Section):
 class Batch(Section):
     """Sequences per optimizer update, and per forward pass on each process."""
 
-    sequences: int = Field(
-        default=32, gt=0, description="global batch: sequences per update over all processes"
-    )
+    sequences: int = Field(default=32, gt=0, description="global batch: sequences per update over all processes")
     micro: int | None = Field(
         default=None, gt=0, description="sequences per forward pass and process; null: all at once"
     )
@@ -74,18 +72,14 @@ class Batch(Section):
 class Evaluation(Section):
     """Held-out loss during and after training; never advances a training stream."""
 
-    every: int | None = Field(
-        default=100, gt=0, description="steps between evaluations; null: only at the end"
-    )
+    every: int | None = Field(default=100, gt=0, description="steps between evaluations; null: only at the end")
     sequences: int = Field(default=64, gt=0, description="held-out sequences per evaluation")
 
 
 class Checkpoint(Section):
     """When to save and how many complete checkpoints to keep."""
 
-    every: int | None = Field(
-        default=None, gt=0, description="steps between saves; null: at the end and on a signal"
-    )
+    every: int | None = Field(default=None, gt=0, description="steps between saves; null: at the end and on a signal")
     keep: int = Field(default=2, gt=0, description="complete checkpoints kept")
 
 
@@ -111,9 +105,7 @@ class Recipe(Section):
     sinks: tuple[Literal["tensorboard", "wandb"], ...] = Field(
         default=(), description="where metrics go beside the run directory's own metrics.jsonl"
     )
-    seed: int = Field(
-        default=0, ge=0, description="names every random stream: initialisation, data order, dropout"
-    )
+    seed: int = Field(default=0, ge=0, description="names every random stream: initialisation, data order, dropout")
 
     def data_dict(self) -> dict[str, Any]:
         """Plain data (what YAML holds), complete with every default."""

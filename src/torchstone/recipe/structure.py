@@ -101,9 +101,7 @@ def default_of(cls: type[BaseModel], name: str) -> Any:
 def describe(info: FieldInfo) -> str:
     """A field's type and bounds in plain words: `integer > 0 or null`, `one of 'auto', 'fp32', 'bf16'`."""
     text = _words(info.annotation, tuple(info.metadata))
-    bounds = " and ".join(
-        f"{_BOUNDS[name]} {value:g}" for item in info.metadata for name, value in _bounds(item)
-    )
+    bounds = " and ".join(f"{_BOUNDS[name]} {value:g}" for item in info.metadata for name, value in _bounds(item))
     noun = "integer" if "integer" in text else "number"
     return text.replace(noun, f"{noun} {bounds}", 1) if bounds else text
 
@@ -120,9 +118,7 @@ _WORDS: dict[Any, str] = {
 
 
 def _bounds(item: Any) -> list[tuple[str, Any]]:
-    return [
-        (name, getattr(item, name)) for name in _BOUNDS if isinstance(getattr(item, name, None), int | float)
-    ]
+    return [(name, getattr(item, name)) for name in _BOUNDS if isinstance(getattr(item, name, None), int | float)]
 
 
 def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:

@@ -74,9 +74,7 @@ def read_yaml(path: Path) -> Document:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(
-            f"cannot read {path}: {error.strerror or error}. Give the path of a YAML file."
-        ) from error
+        raise ConfigError(f"cannot read {path}: {error.strerror or error}. Give the path of a YAML file.") from error
     return parse_yaml(raw, str(path))
 
 
@@ -92,25 +90,20 @@ def parse_yaml(text: str | bytes, name: str = "<text>") -> Document:
     """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(raw) > MAX_BYTES:
-        raise ConfigError(
-            f"{name}:1:1: the text is longer than {MAX_BYTES // 1024} KiB, the limit for a recipe."
-        )
+        raise ConfigError(f"{name}:1:1: the text is longer than {MAX_BYTES // 1024} KiB, the limit for a recipe.")
     try:
         decoded = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise ConfigError(
-            f"{name}:{line}:{column}: the text is not UTF-8; save the file as UTF-8."
-        ) from error
+        raise ConfigError(f"{name}:{line}:{column}: the text is not UTF-8; save the file as UTF-8.") from error
     try:
         return _Reader(decoded, name).document()
     except pyyaml.reader.ReaderError as error:
         line = decoded.count("\n", 0, error.position) + 1
         column = error.position - decoded.rfind("\n", 0, error.position)
         raise ConfigError(
-            f"{name}:{line}:{column}: character U+{int(error.character):04X} is not allowed in YAML; "
-            "remove it."
+            f"{name}:{line}:{column}: character U+{int(error.character):04X} is not allowed in YAML; remove it."
         ) from error
     except pyyaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
@@ -148,9 +141,7 @@ class _Reader:
             data = self.value((), 0)
             self.loader.get_event()
             if not self.loader.check_event(pyyaml.StreamEndEvent):
-                self.refuse(
-                    self.loader.peek_event(), "a second document starts here; a recipe is one document"
-                )
+                self.refuse(self.loader.peek_event(), "a second document starts here; a recipe is one document")
             return Document(data, self.name, self.places)
         finally:
             self.loader.dispose()
@@ -167,9 +158,7 @@ class _Reader:
         if isinstance(event, pyyaml.AliasEvent):
             return self.alias(event)
         if event.tag is not None:
-            self.refuse(
-                event, f"the tag {event.tag!r} is not allowed; a recipe is plain data, text goes in quotes"
-            )
+            self.refuse(event, f"the tag {event.tag!r} is not allowed; a recipe is plain data, text goes in quotes")
         if isinstance(event, pyyaml.ScalarEvent):
             data, before = self.scalar(event), self.values - 1
             if event.anchor:
@@ -196,9 +185,7 @@ class _Reader:
         if self.aliases > MAX_ALIASES:
             self.refuse(event, f"more than {MAX_ALIASES} aliases, the limit for a recipe")
         if anchor is None:
-            self.refuse(
-                event, f"the alias *{event.anchor} has no anchor before it; quote the text if none is meant"
-            )
+            self.refuse(event, f"the alias *{event.anchor} has no anchor before it; quote the text if none is meant")
         assert anchor is not None
         if anchor.size is None:
             self.refuse(event, f"the alias *{event.anchor} stands inside the value that it names")
@@ -276,9 +263,7 @@ class _Dumper(pyyaml.SafeDumper):
         return self.represent_scalar("tag:yaml.org,2002:float", repr(data))
 
 
-_Dumper.yaml_implicit_resolvers = {
-    key: list(value) for key, value in pyyaml.SafeDumper.yaml_implicit_resolvers.items()
-}
+_Dumper.yaml_implicit_resolvers = {key: list(value) for key, value in pyyaml.SafeDumper.yaml_implicit_resolvers.items()}
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _INT, list("-+0123456789"))
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:int", _OTHER_BASE, ["0"])

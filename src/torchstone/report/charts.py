@@ -71,9 +71,7 @@ class Chart:
     def steep(self) -> bool:
         """Whether the first tenth of the points would flatten all the rest; the browser then leaves it out of
         sight."""
-        columns = [
-            c for line in self.lines for c in (line.y, line.low, line.high) if c and len(c) >= STEEP_POINTS
-        ]
+        columns = [c for line in self.lines for c in (line.y, line.low, line.high) if c and len(c) >= STEEP_POINTS]
         if not columns or self.log_y:
             return False
         every = [value for column in columns for value in column if value is not None]
@@ -217,9 +215,7 @@ def _figure_line(line: Line, color: int, figure: Figure, detail: Detail) -> Char
     kept = largest_triangles(x, columns[0], detail.points) if len(x) else np.arange(0)
     y, low, high = (_plain(column[kept]) for column in columns)
     banded = line.low is not None and line.high is not None
-    return ChartLine(
-        line.name, color, {"x": _plain(x[kept], 7)}, y, low if banded else None, high if banded else None
-    )
+    return ChartLine(line.name, color, {"x": _plain(x[kept], 7)}, y, low if banded else None, high if banded else None)
 
 
 def _column(values: Iterable[float | None] | None, count: int) -> np.ndarray:

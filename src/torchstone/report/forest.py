@@ -90,9 +90,7 @@ def overview(verdicts: Sequence[Verdict], metrics: Sequence[Metric], colors: dic
             class_="forest-label",
         )
         rows.append(
-            element(
-                "div", label, plot(verdict, metrics, colors.get(verdict.arm, 1), frame), class_="forest-row"
-            )
+            element("div", label, plot(verdict, metrics, colors.get(verdict.arm, 1), frame), class_="forest-row")
         )
     return element("div", rows, class_="forest-rows")
 
@@ -105,9 +103,7 @@ def _dots(verdict: Verdict) -> list:
 def _support(verdict: Verdict, frame: Frame, margin: float) -> Markup:
     share = float(frame.x(margin)[:-1])
     start, width = (0.0, share) if verdict.direction == "less" else (share, 100 - share)
-    return element(
-        "rect", class_="support", x=f"{start:.2f}%", y=TOP, width=f"{width:.2f}%", height=AXIS - TOP
-    )
+    return element("rect", class_="support", x=f"{start:.2f}%", y=TOP, width=f"{width:.2f}%", height=AXIS - TOP)
 
 
 def _rule(x: str, kind: str) -> Markup:
@@ -146,7 +142,5 @@ def _estimate(verdict: Verdict, frame: Frame) -> list[Markup]:
         marks.append(element("line", class_="interval", x1=low, x2=high, y1=BAR, y2=BAR))
         marks += [element("line", class_="interval", x1=x, x2=x, y1=BAR - 6, y2=BAR + 6) for x in (low, high)]
     if verdict.effect is not None:
-        marks.append(
-            element("circle", class_="effect", cx=frame.x(frame.scale.value(verdict.effect)), cy=BAR, r=6)
-        )
+        marks.append(element("circle", class_="effect", cx=frame.x(frame.scale.value(verdict.effect)), cy=BAR, r=6))
     return marks

@@ -154,12 +154,8 @@ def _study_tables(result: Result) -> list[str]:
 def _paper(result: Result) -> str:
     if not result.paper:
         return ""
-    rows = tuple(
-        (figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper
-    )
-    return _part(
-        "The paper's figures beside ours", Grid(("setting", "paper", "ours", "note"), rows, (False,) * 4)
-    )
+    rows = tuple((figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper)
+    return _part("The paper's figures beside ours", Grid(("setting", "paper", "ours", "note"), rows, (False,) * 4))
 
 
 def _failures(result: Result) -> str:
@@ -182,11 +178,7 @@ def _about(result: Result) -> str:
         lines.append(block(result.command, "sh"))
     lines.append(f"Made {escape(result.created)}; fingerprint {code(result.fingerprint)}.")
     if result.environment:
-        lines.append(
-            "; ".join(f"{escape(name)} {escape(value)}" for name, value in result.environment.items())
-        )
+        lines.append("; ".join(f"{escape(name)} {escape(value)}" for name, value in result.environment.items()))
     if result.recipe_yaml:
-        lines.append(
-            f"<details><summary>Recipe</summary>\n\n{block(result.recipe_yaml, 'yaml')}\n\n</details>"
-        )
+        lines.append(f"<details><summary>Recipe</summary>\n\n{block(result.recipe_yaml, 'yaml')}\n\n</details>")
     return "\n\n".join(lines)

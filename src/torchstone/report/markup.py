@@ -67,9 +67,7 @@ def element(tag: str, *children: Child, **attributes: str | int | bool | None) -
     for name, value in attributes.items():
         name = name.rstrip("_").replace("_", "-")
         assert name != "style" and not name.startswith("on"), f"attribute {name} is not for reports"
-        assert name != "href" or str(value).startswith(("#", "./", "data:,")), (
-            "links stay inside the report's folder"
-        )
+        assert name != "href" or str(value).startswith(("#", "./", "data:,")), "links stay inside the report's folder"
         if value is None or value is False:
             continue
         written.append(name if value is True else f'{name}="{escape(str(value))}"')

@@ -97,9 +97,7 @@ def largest_triangles(x: np.ndarray, y: np.ndarray, most: int) -> np.ndarray:
         following = slice(high, edges[bucket + 2] if bucket + 2 < len(edges) else count)
         ahead_x, ahead_y = x[following].mean(), y[following].mean()
         here = kept[-1]
-        area = np.abs(
-            (x[here] - ahead_x) * (y[low:high] - y[here]) - (x[here] - x[low:high]) * (ahead_y - y[here])
-        )
+        area = np.abs((x[here] - ahead_x) * (y[low:high] - y[here]) - (x[here] - x[low:high]) * (ahead_y - y[here]))
         kept.append(low + int(area.argmax()))
     kept.append(count - 1)
     return np.array(kept)

@@ -159,9 +159,7 @@ def failures(result: Result) -> list[tuple[str, str]]:
     together: dict[tuple[str, str], list[str]] = {}
     for cell in result.cells:
         if cell.status != "done":
-            error = cell.error or (
-                "no error was recorded" if cell.status == "failed" else "the cell was never run"
-            )
+            error = cell.error or ("no error was recorded" if cell.status == "failed" else "the cell was never run")
             together.setdefault((cell.status, error), []).append(f"{cell.arm}, seed {cell.seed}")
     return [(f"{status}: {'; '.join(who)}", error) for (status, error), who in together.items()]
 

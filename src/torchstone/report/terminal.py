@@ -78,7 +78,5 @@ def _table(result: Result) -> Table:
         if verdict.interval is not None:
             effect.append(f"\n{_line(words.interval_text(verdict, scale))}", style="not bold")
         badge = Text(f"{words.ICONS[verdict.status]} {verdict.status}", style=STYLES[verdict.status])
-        table.add_row(
-            badge, claim, effect, _one_line(words.claimed(verdict, scale)), _one_line(words.counted(verdict))
-        )
+        table.add_row(badge, claim, effect, _one_line(words.claimed(verdict, scale)), _one_line(words.counted(verdict)))
     return table

@@ -54,14 +54,12 @@ def load(directory: Path) -> Result:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise StudyError(
-            f"{path} cannot be read as JSON: {error}. It is damaged; run the same command again "
-            "to make it anew."
+            f"{path} cannot be read as JSON: {error}. It is damaged; run the same command again to make it anew."
         ) from error
     version = data.get("schema_version") if isinstance(data, dict) else None
     if isinstance(version, int) and version > SCHEMA_VERSION:
         raise StudyError(
-            f"{path} has schema version {version}, this torchstone reads up to {SCHEMA_VERSION}. "
-            "Upgrade torchstone."
+            f"{path} has schema version {version}, this torchstone reads up to {SCHEMA_VERSION}. Upgrade torchstone."
         )
     try:
         return Result.model_validate(data)

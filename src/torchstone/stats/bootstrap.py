@@ -62,9 +62,7 @@ def clustered_estimate(
     values_n = finite(values, "item contrasts")
     check_level(level)
     if resamples < 200:
-        raise StudyError(
-            f"a bootstrap interval needs at least 200 resamples (2000 is usual); given {resamples}."
-        )
+        raise StudyError(f"a bootstrap interval needs at least 200 resamples (2000 is usual); given {resamples}.")
     sums_g, sizes_g = cluster_sums(values_n, clusters)
     count = sums_g.size
     effect = float(values_n.mean())
@@ -96,9 +94,7 @@ def cluster_sums(
         return values, np.ones(values.size)
     labels = np.asarray(clusters)
     if labels.shape != values.shape:
-        raise StudyError(
-            f"{values.size} contrasts but {labels.size} cluster labels were given; give one each."
-        )
+        raise StudyError(f"{values.size} contrasts but {labels.size} cluster labels were given; give one each.")
     _, codes = np.unique(labels, return_inverse=True)
     sizes = np.bincount(codes).astype(np.float64)
     return np.asarray(np.bincount(codes, weights=values), dtype=np.float64), sizes

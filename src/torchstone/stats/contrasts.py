@@ -88,15 +88,11 @@ def paired(
     values = np.where(np.abs(values) <= resolution, 0.0, values)
     labels = cluster_codes(clusters) if clusters is not None else np.arange(arm_n.size, dtype=np.int64)
     if labels.size != values.size:
-        raise StudyError(
-            f"{values.size} pairs but {labels.size} cluster labels were given; give one label per pair."
-        )
+        raise StudyError(f"{values.size} pairs but {labels.size} cluster labels were given; give one label per pair.")
     return Contrasts(values, arm_n, baseline_n, names, labels, resolution)
 
 
-def paired_seeds(
-    arm: Mapping[int, float], baseline: Mapping[int, float], kind: Kind = "difference"
-) -> Contrasts:
+def paired_seeds(arm: Mapping[int, float], baseline: Mapping[int, float], kind: Kind = "difference") -> Contrasts:
     """Contrasts by seed from two mappings seed -> number; both must hold the same seeds."""
     seeds = _same_keys(arm, baseline, "seeds")
     return paired([arm[s] for s in seeds], [baseline[s] for s in seeds], kind, units=[str(s) for s in seeds])
@@ -162,9 +158,7 @@ def _same_keys(arm: Mapping[K, object], baseline: Mapping[K, object], what: str)
     return list(arm)
 
 
-def _check(
-    arm_n: NDArray[np.float64], baseline_n: NDArray[np.float64], names: tuple[str, ...], kind: Kind
-) -> None:
+def _check(arm_n: NDArray[np.float64], baseline_n: NDArray[np.float64], names: tuple[str, ...], kind: Kind) -> None:
     if kind not in ("difference", "log ratio"):
         raise StudyError(f"unknown contrast {kind!r}; allowed: 'difference', 'log ratio'.")
     if arm_n.ndim != 1 or arm_n.shape != baseline_n.shape or arm_n.size != len(names):

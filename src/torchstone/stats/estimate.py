@@ -142,15 +142,11 @@ def check_level(level: float) -> float:
     return level
 
 
-def _deterministic(
-    values_n: np.ndarray, effect: float, level: float, margin: float, resolution: float
-) -> Estimate:
+def _deterministic(values_n: np.ndarray, effect: float, level: float, margin: float, resolution: float) -> Estimate:
     if float(np.ptp(values_n)) > max(resolution, 1e-12 * abs(effect)):
         raise StudyError(
             f"the numbers were declared deterministic but the {values_n.size} contrasts differ "
             f"({values_n.min():g} to {values_n.max():g}). Drop the declaration, so that their spread counts."
         )
     note = "declared deterministic: neither seed nor sampling enters, so the contrast is exact"
-    return Estimate(
-        effect, effect, effect, level, values_n.size, 0.0, 0.0, margin, method="deterministic", note=note
-    )
+    return Estimate(effect, effect, effect, level, values_n.size, 0.0, 0.0, margin, method="deterministic", note=note)

@@ -120,9 +120,7 @@ def declared_looks(start: int, maximum: int) -> tuple[int, ...]:
         StudyError: start below 2 or above the maximum.
     """
     if not 2 <= start <= maximum:
-        raise StudyError(
-            f"a sequential run needs 2 <= first seeds <= maximum seeds; given {start} and {maximum}."
-        )
+        raise StudyError(f"a sequential run needs 2 <= first seeds <= maximum seeds; given {start} and {maximum}.")
     looks = [start]
     while looks[-1] < maximum:
         looks.append(min(maximum, math.ceil(1.5 * looks[-1])))

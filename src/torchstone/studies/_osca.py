@@ -79,9 +79,7 @@ def half_splits(cells: Cells) -> tuple[Table, Table]:
     splits = len({cell.seed for cell, _ in cells})
     return (
         Table(title=f"Mean over {splits} half splits", columns=("metric", *arms), rows=tuple(means)),
-        Table(
-            title="Certificate of the fits", columns=("metric", "mean gap", "largest gap"), rows=tuple(gaps)
-        ),
+        Table(title="Certificate of the fits", columns=("metric", "mean gap", "largest gap"), rows=tuple(gaps)),
     )
 
 
@@ -114,9 +112,7 @@ def curves(cells: Cells) -> Figure:
         values = np.array(found, dtype=np.float64)
         low, high = np.quantile(values, [0.025, 0.975], axis=0).tolist()
         x = tuple(map(float, BUDGETS))
-        lines.append(
-            Line(name=arm, x=x, y=tuple(values.mean(axis=0).tolist()), low=tuple(low), high=tuple(high))
-        )
+        lines.append(Line(name=arm, x=x, y=tuple(values.mean(axis=0).tolist()), low=tuple(low), high=tuple(high)))
     return Figure(
         title="Held-out problems solved",
         x_label="samples per problem",

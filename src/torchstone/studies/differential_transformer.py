@@ -38,7 +38,9 @@ class DifferentialTransformer(TrainingStudy):
 
     slug = "differential-transformer"
     title = "Differential Transformer"
-    question = "Does subtracting a second attention map lower the noise in attention, and the loss, at equal parameters?"
+    question = (
+        "Does subtracting a second attention map lower the noise in attention, and the loss, at equal parameters?"
+    )
     baseline = "softmax"
     matching = Matching("params")
     metrics = (
@@ -146,4 +148,6 @@ class DifferentialTransformer(TrainingStudy):
 
     def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
         """λ of every layer at the end of training."""
-        return Summary(figures=depth_figure(cells, "lambda", "λ by layer at the end of training", "λ"), paper=self.paper)
+        return Summary(
+            figures=depth_figure(cells, "lambda", "λ by layer at the end of training", "λ"), paper=self.paper
+        )

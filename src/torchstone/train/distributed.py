@@ -10,6 +10,7 @@ run on GPUs yet.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,7 +92,11 @@ class World:
 
 @contextmanager
 def world(device: torch.device | None = None) -> Iterator[World]:
-    """The world that torchrun describes in the environment, or a single process. Leaves the group at the end."""
+    """The world that torchrun describes in the environment, or a single process.
+
+    A group is joined once and left when the process ends: a second group of the same processes finds the first one's
+    keys in torchrun's store and may hang. A group that the caller has joined already is used and left alone.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     chosen = device or default_device()
     if size == 1:
@@ -100,8 +105,12 @@ def world(device: torch.device | None = None) -> Iterator[World]:
     if chosen.type == "cuda":
         chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(chosen)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
-    try:
-        yield World(dist.get_rank(), size, chosen)
-    finally:
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+        atexit.register(_leave)
+    yield World(dist.get_rank(), size, chosen)
+
+
+def _leave() -> None:
+    if dist.is_initialized():
         dist.destroy_process_group()

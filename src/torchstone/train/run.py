@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from torchstone.errors import ConfigError, DataError, InterruptedRun
+from torchstone.errors import CheckpointError, ConfigError, DataError, InterruptedRun
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.storage.atomic import atomic_write
@@ -164,6 +164,11 @@ class _Run:
         if not self.store.steps():
             return trainer
         snapshot = self.store.load(fallback=fallback)
+        if "model" not in snapshot.tensors or not {"optimizer", "position"} <= snapshot.data.keys():
+            raise CheckpointError(
+                f"{self.store.path(snapshot.step)} is intact but no training checkpoint (it lacks the model, the optimizer or "
+                "the position); train into another directory."
+            )
         restore_model(model, snapshot.tensors["model"])
         asked = [{**group} for group in trainer.optimizer.param_groups]
         restore_optimizer(trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"])

@@ -47,9 +47,7 @@ def slow_answers(tokens: list[int], keys: int) -> torch.Tensor:
     fillers=st.integers(1, 4),
     seed=st.integers(0, 9),
 )
-def test_rows_follow_the_rules(
-    keys: int, values: int, cells: int, filler: float, fillers: int, seed: int
-) -> None:
+def test_rows_follow_the_rules(keys: int, values: int, cells: int, filler: float, fillers: int, seed: int) -> None:
     config = RecallConfig(keys=keys, values=values, cells=cells, filler_probability=filler, fillers=fillers)
     source = config.build(None)
     batch = source.batch(seed, 3, 6)

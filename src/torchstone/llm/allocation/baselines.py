@@ -36,9 +36,7 @@ def pure_allocations(budget: float, cost_s: Floats) -> Ints:
     return np.diag(affordable(budget, cost_s))
 
 
-def train_selected_pure(
-    counts: ArrayLike, runs: ArrayLike, budget: float, cost: ArrayLike | None = None
-) -> Ints:
+def train_selected_pure(counts: ArrayLike, runs: ArrayLike, budget: float, cost: ArrayLike | None = None) -> Ints:
     """(S,) the whole budget on the configuration with the highest train value; ties: lowest index."""
     counts_ps, runs_ps = check_counts(counts, runs)
     pure_ss = pure_allocations(budget, check_cost(cost, [str(s) for s in range(counts_ps.shape[1])]))

@@ -80,8 +80,7 @@ def pass_at_k(runs: int, successes: int, k: int) -> float:
     check_counts([[successes]], [[runs]])
     if not 0 <= k <= runs:
         raise DataError(
-            f"pass@{k} has no unbiased estimate from {runs} runs; k must lie between 0 and the number of "
-            "runs."
+            f"pass@{k} has no unbiased estimate from {runs} runs; k must lie between 0 and the number of runs."
         )
     steps = np.arange(k)
     return float(1 - np.prod(np.maximum(runs - successes - steps, 0) / (runs - steps)))
@@ -168,7 +167,5 @@ def _whole(values: ArrayLike, what: str) -> Ints:
     if array.dtype.kind not in "iufb":
         raise DataError(f"{what} must be numbers; given {array.dtype}.")
     if array.dtype.kind == "f" and not (np.isfinite(array).all() and (array == np.round(array)).all()):
-        raise DataError(
-            f"{what} must be whole numbers; given {array[~(array == np.round(array))].flat[0]!r}."
-        )
+        raise DataError(f"{what} must be whole numbers; given {array[~(array == np.round(array))].flat[0]!r}.")
     return array.astype(np.int64)

@@ -75,9 +75,7 @@ class Evaluation:
         return clustered_estimate(self.per_problem, None, generator, level=level)
 
 
-def compare(
-    one: Evaluation, other: Evaluation, generator: np.random.Generator, level: float = 0.95
-) -> Estimate:
+def compare(one: Evaluation, other: Evaluation, generator: np.random.Generator, level: float = 0.95) -> Estimate:
     """one - other with a bootstrap interval over problems; both must be evaluated on the same problems."""
     contrasts = paired(one.per_problem, other.per_problem)
     return clustered_estimate(contrasts.values, None, generator, level=level, resolution=contrasts.resolution)
@@ -142,9 +140,7 @@ class Allocation:
     def evaluate_curve(self, test_counts: ArrayLike, test_runs: ArrayLike) -> Floats:
         """(J + 1, P') unbiased pass probability after 0, 1, … all samples of the greedy path."""
         counts_ps, runs_ps = self._test(test_counts, test_runs)
-        return 1 - unbiased_failure(
-            counts_ps, runs_ps, self.curve.allocations(self.counts.size), self.configurations
-        )
+        return 1 - unbiased_failure(counts_ps, runs_ps, self.curve.allocations(self.counts.size), self.configurations)
 
     def _test(self, test_counts: ArrayLike, test_runs: ArrayLike) -> tuple[Ints, Ints]:
         counts_ps, runs_ps = check_counts(test_counts, test_runs, self.configurations)
@@ -244,15 +240,11 @@ def _check_request(
     if (method == "hill_climb") != (generator is not None):
         raise ConfigError("hill_climb needs a generator for its random start; the other methods take none.")
     if method == "hill_climb" and not (cost_s == 1).all():
-        raise ConfigError(
-            "hill_climb is the published procedure, where every sample costs 1; use 'auto' with costs."
-        )
+        raise ConfigError("hill_climb is the published procedure, where every sample costs 1; use 'auto' with costs.")
     if not (np.isfinite(budget) and budget >= cost_s.min()):
         raise BudgetError(f"budget {budget!r} pays for no sample; the cheapest costs {cost_s.min():g}.")
     if affordable(budget, cost_s).max() > MOST_SAMPLES:
-        raise BudgetError(
-            f"budget {budget:g} pays for more than {MOST_SAMPLES} samples per problem; lower it."
-        )
+        raise BudgetError(f"budget {budget:g} pays for more than {MOST_SAMPLES} samples per problem; lower it.")
     if not counts_ps.any():
         raise DataError(
             f"no configuration ever succeeds on the {counts_ps.shape[0]} training problems, so there is "
@@ -282,7 +274,5 @@ def _choose(
             )
     if method == "greedy":
         same = bool((cost_s == cost_s[0]).all())
-        return (
-            path.allocations(cost_s.size)[-1] if same else guarded(rates_ps, path, budget, cost_s)
-        ), method
+        return (path.allocations(cost_s.size)[-1] if same else guarded(rates_ps, path, budget, cost_s)), method
     return exchange(rates_ps, guarded(rates_ps, path, budget, cost_s), budget, cost_s), "greedy+swap"

@@ -96,9 +96,7 @@ class Summary:
             "gap": found.gap,
             "expected_samples": found.expected_samples,
             "curve": [row_data(row) for row in self.rows],
-            "adds": {
-                name: [int(v) for v in row] for name, row in zip(found.configurations, self.adds, strict=True)
-            },
+            "adds": {name: [int(v) for v in row] for name, row in zip(found.configurations, self.adds, strict=True)},
         }
 
 
@@ -193,9 +191,7 @@ def _budgets(request: Request) -> list[float]:
     return [*powers, float(request.budget)]
 
 
-def _row(
-    train: CountTable, test: CountTable, folds: int | None, budget: float, request: Request
-) -> BudgetRow:
+def _row(train: CountTable, test: CountTable, folds: int | None, budget: float, request: Request) -> BudgetRow:
     generator = np.random.default_rng([request.seed, 1])
     cost, method, names = request.cost, request.method, train.configurations
     pure: Evaluation | None
@@ -207,9 +203,7 @@ def _row(
         mixed, pure = crossed.mixed, crossed.pure
     else:
         start = generator if method == "hill_climb" else None
-        fitted = allocate(
-            train.counts, train.runs, budget, cost, method, configurations=names, generator=start
-        )
+        fitted = allocate(train.counts, train.runs, budget, cost, method, configurations=names, generator=start)
         gap, mixed = fitted.gap, fitted.evaluate(test.counts, test.runs)
         chosen = train_selected_pure(train.counts, train.runs, budget, cost)
         pure = _where_possible(lambda: evaluate_fixed(chosen, test.counts, test.runs, names))

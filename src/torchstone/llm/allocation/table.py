@@ -113,9 +113,7 @@ def read_table(path: str | Path, split: str | None = None) -> CountTable:
     elif path.suffix == ".csv":
         table = _from_csv(path, text, split)
     else:
-        raise DataError(
-            f"{path} is neither a .csv table nor a .jsonl sample log; name the file by its format."
-        )
+        raise DataError(f"{path} is neither a .csv table nor a .jsonl sample log; name the file by its format.")
     repeated = [
         name
         for name, count in Counter(zip(table.problems, table.split or table.problems, strict=True)).items()
@@ -123,8 +121,7 @@ def read_table(path: str | Path, split: str | None = None) -> CountTable:
     ]
     if repeated:
         raise DataError(
-            f"{path}: problem {repeated[0][0]!r} has several rows ({len(repeated)} such problems); give one "
-            "each."
+            f"{path}: problem {repeated[0][0]!r} has several rows ({len(repeated)} such problems); give one each."
         )
     return table
 
@@ -139,22 +136,17 @@ def read_cost(path: str | Path, configurations: Sequence[str]) -> list[float]:
     try:
         content = json.loads(_read_text(path))
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f'{path} is not valid JSON ({error}); it must look like {{"small@0.2": 0.1, …}}.'
-        ) from None
+        raise DataError(f'{path} is not valid JSON ({error}); it must look like {{"small@0.2": 0.1, …}}.') from None
     numbers = isinstance(content, dict) and all(
         isinstance(value, int | float) and not isinstance(value, bool) for value in content.values()
     )
     if not numbers:
-        raise DataError(
-            f"{path} must be a JSON object that maps every configuration to the cost of one sample."
-        )
+        raise DataError(f"{path} must be a JSON object that maps every configuration to the cost of one sample.")
     missing = [name for name in configurations if name not in content]
     unknown = [name for name in content if name not in configurations]
     if missing or unknown:
         raise DataError(
-            f"{path} must name exactly the configurations of the table; missing: {missing[:8]}, unknown: "
-            f"{unknown[:8]}."
+            f"{path} must name exactly the configurations of the table; missing: {missing[:8]}, unknown: {unknown[:8]}."
         )
     return [float(content[name]) for name in configurations]
 
@@ -163,9 +155,7 @@ def _read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(
-            f"cannot read {path}: {error.strerror or error}. Give the path of an existing file."
-        ) from None
+        raise DataError(f"cannot read {path}: {error.strerror or error}. Give the path of an existing file.") from None
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -235,9 +225,7 @@ def _columns(path: Path, header: list[str], split: str | None) -> tuple[int | No
         raise DataError(f"{path} needs a column named {PROBLEM!r}; its columns are {', '.join(header[:12])}.")
     column = split if split is not None else "split"
     if split is not None and split not in header:
-        raise DataError(
-            f"{path} has no column {split!r} to split by; its columns are {', '.join(header[:12])}."
-        )
+        raise DataError(f"{path} has no column {split!r} to split by; its columns are {', '.join(header[:12])}.")
     names = [name for name in header if name not in (PROBLEM, column)]
     repeated = [name for name, count in Counter(header).items() if count > 1]
     if repeated or "" in names or not names:
@@ -319,9 +307,7 @@ def _from_log(path: Path, text: str, split: str | None) -> CountTable:
     _refuse_missing(list(problems), list(names), missing, str(path))
     parts = tuple(splits.values())
     if any(parts) and not all(parts):
-        raise DataError(
-            f"{path}: some samples have {key!r} and others do not; give it on every line or on none."
-        )
+        raise DataError(f"{path}: some samples have {key!r} and others do not; give it on every line or on none.")
     counts = np.array([[successes[p, c] for c in names] for p in problems], dtype=np.int64)
     runs = np.array([[trials[p, c] for c in names] for p in problems], dtype=np.int64)
     return CountTable(tuple(problems), tuple(names), counts, runs, parts if all(parts) else (), path.name)

@@ -91,9 +91,7 @@ def subsample(table: CountTable, runs: int, generator: np.random.Generator) -> C
         DataError: some cell has fewer runs.
     """
     if runs < 1 or runs > table.runs.min():
-        raise DataError(
-            f"cannot draw {runs} runs where the table has {table.runs.min()}; ask for 1 to that many."
-        )
+        raise DataError(f"cannot draw {runs} runs where the table has {table.runs.min()}; ask for 1 to that many.")
     counts_ps = generator.hypergeometric(table.counts, table.runs - table.counts, runs)
     return replace(table, counts=counts_ps, runs=np.full_like(table.runs, runs))
 

@@ -65,7 +65,7 @@ def _attention(
     b, m, h, t, d = q.shape
     q_ntd, k_ntd = q.reshape(-1, t, d), k.reshape(-1, t, d)
     v_hte = v.reshape(b * h, t, -1)
-    out = v.new_empty(b, h, t, v.shape[-1])
+    out = _empty_output(v)
     kept = []
     for rows in _blocks(t):
         maps = _maps(q_ntd[:, rows], k_ntd[:, : rows.stop], allowed, rows, scale, (b, m * h))
@@ -81,9 +81,15 @@ def _(
     q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, allowed: Tensor | None, scale: float, keep: bool
 ) -> list[Tensor]:
     b, m, h, t, _ = q.shape
-    out = v.new_empty(b, h, t, v.shape[-1])
+    out = _empty_output(v)
     sizes = [(rows.stop - rows.start, rows.stop) for rows in _blocks(t)] if keep else []
     return [out, *(q.new_empty(b * m * h, *size) for size in sizes)]
+
+
+def _empty_output(v: Tensor) -> Tensor:
+    """[b, h, t, e] with the memory of [b, t, h, e], which is what the output projection reads."""
+    b, h, t, e = v.shape
+    return v.new_empty(b, t, h, e).transpose(1, 2)
 
 
 def _maps(
@@ -137,11 +143,11 @@ def _attention_backward(
     v_hte, grad_hte = v.reshape(b * h, t, -1), grad.reshape(b * h, t, -1)
     grad_q = torch.empty_like(q_ntd)
     fine = torch.promote_types(q.dtype, torch.float32)
-    grad_k, grad_v = torch.zeros_like(k_ntd, dtype=fine), torch.zeros_like(v_hte, dtype=fine)
+    grad_k, grad_v = torch.zeros_like(k_ntd), torch.zeros_like(v_hte)
     grad_lam = grad.new_empty(b, h, t, dtype=fine)
     for rows, block in zip(_blocks(t), maps, strict=True):
         seen, grad_rows = rows.stop, grad_hte[:, rows]
-        grad_v[:, :seen] += _weights(block, lam, rows, (b, m, h)).transpose(1, 2) @ grad_rows
+        grad_v[:, :seen].baddbmm_(_weights(block, lam, rows, (b, m, h)).transpose(1, 2), grad_rows)
         grad_weights = grad_rows @ v_hte[:, :seen].transpose(1, 2)
         if lam is not None:
             second = block.unflatten(0, (b, m, h))[:, 1].reshape(b * h, *block.shape[1:])
@@ -152,9 +158,8 @@ def _attention_backward(
             grad_weights = torch.stack(both, dim=1).flatten(0, 2)
         grad_scores = torch._softmax_backward_data(grad_weights, block, -1, block.dtype)
         grad_q[:, rows].baddbmm_(grad_scores, k_ntd[:, :seen], beta=0, alpha=scale)
-        grad_k[:, :seen] += grad_scores.transpose(1, 2) @ q_ntd[:, rows]
-    grad_k *= scale
-    shaped = [grad_q.view(q.shape), grad_k.to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)]
+        grad_k[:, :seen].baddbmm_(grad_scores.transpose(1, 2), q_ntd[:, rows], alpha=scale)
+    shaped = [grad_q.view(q.shape), grad_k.view(k.shape), grad_v.view(v.shape)]
     return shaped if lam is None else [*shaped, grad_lam]
 
 
@@ -163,7 +168,11 @@ def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lam: Tensor | None, maps: list[Tensor], scale: float
 ) -> list[Tensor]:
     shaped = [x.new_empty(x.shape) for x in (q, k, v)]
-    return shaped if lam is None else [*shaped, grad.new_empty(grad.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))]
+    return (
+        shaped
+        if lam is None
+        else [*shaped, grad.new_empty(grad.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))]
+    )
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

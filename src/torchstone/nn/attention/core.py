@@ -121,9 +121,7 @@ def masked_softmax(scores_buts: Tensor, mask: Mask) -> Tensor:
     return mask.clear_empty(scores_buts.softmax(dim=-1))
 
 
-def fused_attention(
-    q_butd: Tensor, k_bgsd: Tensor, v_bgse: Tensor, mask: Mask, scale: float, dropout: float
-) -> Tensor:
+def fused_attention(q_butd: Tensor, k_bgsd: Tensor, v_bgse: Tensor, mask: Mask, scale: float, dropout: float) -> Tensor:
     """Outputs [b, u, t, e] of every sub-head through torch's fused kernels."""
     channels, wanted = q_butd.shape[-1], v_bgse.shape[-1]
     if wanted > channels and q_butd.device.type == "cpu":

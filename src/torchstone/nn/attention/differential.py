@@ -38,7 +38,9 @@ class DifferentialConfig(Part):
         default=None, gt=0, description="channels d of a sub-head (v1) or head (v2); null: from heads, or the model's"
     )
     replaces_heads: int | None = Field(
-        default=None, gt=0, description="heads of the plain attention in whose place this stands: v1 has half, v2 as many"
+        default=None,
+        gt=0,
+        description="heads of the plain attention in whose place this stands: v1 has half, v2 as many",
     )
     replaces_kv_heads: int | None = Field(default=None, gt=0, description="the same for kv_heads")
     window: int | None = Field(default=None, gt=0, description="sliding window in tokens; null: the whole past")
@@ -55,13 +57,14 @@ class DifferentialConfig(Part):
         """Head counts of a plain attention become `replaces_heads`, so that the version decides what they mean.
 
         Raises:
-            ConfigError: the replaced attention normalises queries and keys, which this kind does not.
+            ConfigError: the replaced attention has a norm that this kind lacks, which would be lost unseen.
         """
-        if previous.get("qk_norm"):
-            raise ConfigError(
-                "the replaced attention has qk_norm: true and differential attention has no such setting; "
-                "set qk_norm: false in the recipe, so that the arms differ in one thing."
-            )
+        for norm in ("qk_norm", "output_norm"):
+            if previous.get(norm):
+                raise ConfigError(
+                    f"the replaced attention has {norm}: true and differential attention has no such setting; "
+                    f"set {norm}: false in the recipe, so that the arms differ in one thing."
+                )
         kept = super().inherit(previous)
         for name in ("heads", "kv_heads"):
             count = kept.pop(name, None)

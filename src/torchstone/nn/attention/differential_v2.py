@@ -15,6 +15,7 @@ train unstably, by the authors' account, and are refused.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from torchstone.errors import ConfigError
@@ -66,7 +67,7 @@ class DifferentialV2(AttentionMixer):
         q_btud, k_btgd, v_btgd = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte, v_bte))
         offset = 0 if state is None else state.length
         q_btud, k_btgd = self.position.rotate(q_btud, k_btgd, span, offset)
-        lambda_bth = gate_bth.float().sigmoid()
+        lambda_bth = gate_bth.to(torch.promote_types(gate_bth.dtype, torch.float32)).sigmoid()
         self.mean_lambda = lambda_bth.detach().mean()
         difference = Difference(lambda_bth.transpose(1, 2), neighbours=True)
         heads_bthd = self._attend(q_btud, k_btgd, v_btgd, span, state, difference).to(v_btgd.dtype)

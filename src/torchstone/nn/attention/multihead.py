@@ -90,7 +90,8 @@ class AttentionConfig(Part):
     qk_norm: bool = Field(default=False, description="RMSNorm over the channels of each query and key head")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="dropout on the attention maps, in training")
     output_norm: bool = Field(
-        default=False, description="RMSNorm over the channels of each head's output (a control for differential attention)"
+        default=False,
+        description="RMSNorm over the channels of each head's output (a control for differential attention)",
     )
     position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
 
@@ -98,4 +99,6 @@ class AttentionConfig(Part):
         """The module; raises ConfigError where head counts and width do not fit."""
         heads = resolve_heads("attention", context, self.heads, self.kv_heads, self.head_dim)
         position = self.position.build(heads.dim)
-        return MultiHeadAttention(context.width, heads, position, self.window, self.qk_norm, self.dropout, self.output_norm)
+        return MultiHeadAttention(
+            context.width, heads, position, self.window, self.qk_norm, self.dropout, self.output_norm
+        )

@@ -21,7 +21,9 @@ def causal_map(q_td: Tensor, k_sd: Tensor) -> Tensor:
     return scores_ts.masked_fill(future, -torch.inf).softmax(dim=1)
 
 
-def attention(x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: tuple[int, int], turn: Turn) -> Tensor:
+def attention(
+    x: Tensor, w_q: Tensor, w_k: Tensor, w_v: Tensor, w_o: Tensor, heads: tuple[int, int], turn: Turn
+) -> Tensor:
     """Grouped-query attention; `heads` are query heads and KV heads."""
     query, kv = heads
     q, k, v = ((x @ w.T).chunk(n, dim=1) for w, n in ((w_q, query), (w_k, kv), (w_v, kv)))

@@ -24,7 +24,7 @@ class LinearHead(nn.Module):
     def __init__(self, width: int, embedding: nn.Embedding, tied: bool) -> None:
         super().__init__()
         self.tied = tied
-        self._embedding = (embedding,) if tied else ()  # in a tuple, so that it is no submodule
+        self._embedding = (embedding,)  # in a tuple, so that it is no submodule
         if not tied:
             self.project = nn.Linear(width, embedding.num_embeddings, bias=False)
 

@@ -35,6 +35,24 @@ from torchstone.recipe.part import Part
 Layout = Literal["interleaved", "half"]
 
 
+@torch.library.custom_op("torchstone::rotary_angles", mutates_args=())
+def _angles(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., head_dim/2] of positions [...].
+
+    An operator of its own, because a compiler that fuses it into the rotation computes fp64 sines for every element of
+    every query and key.
+    """
+    exponent_c = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float64) / head_dim
+    angle_tc = positions.double()[..., None] * base**-exponent_c
+    return angle_tc.cos().float(), angle_tc.sin().float()
+
+
+@_angles.register_fake
+def _(positions: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    shape = (*positions.shape, head_dim // 2)
+    return positions.new_empty(shape, dtype=torch.float32), positions.new_empty(shape, dtype=torch.float32)
+
+
 class Rotary(Position):
     """Rotates queries and keys."""
 
@@ -65,10 +83,8 @@ class Rotary(Position):
             positions = span.positions_bt
             if positions is None:
                 positions = torch.arange(offset, offset + length, device=device)
-            exponent_c = torch.arange(0, self.head_dim, 2, device=device, dtype=torch.float64) / self.head_dim
-            angle_tc = positions.double()[..., None] * self.base**-exponent_c
-            angle_t1c = angle_tc.unsqueeze(-2)
-            return angle_t1c.cos().float(), angle_t1c.sin().float()
+            cos_tc, sin_tc = _angles(positions, self.head_dim, self.base)
+            return cos_tc.unsqueeze(-2), sin_tc.unsqueeze(-2)
 
         return span.once(("rotary", self.head_dim, self.base, length, offset, device), make)
 

@@ -38,8 +38,7 @@ def figures(charts: Sequence[Chart], first: int) -> Markup | None:
 def _hint() -> Markup:
     return element(
         "span",
-        "Click a name to hide it, double-click to see it alone; drag in the chart to zoom, "
-        "double-click to reset.",
+        "Click a name to hide it, double-click to see it alone; drag in the chart to zoom, double-click to reset.",
         class_="screen-only",
     )
 
@@ -53,9 +52,7 @@ def _chart(chart: Chart, index: int, identifier: str) -> Markup:
         element("div", element("h3", chart.title), _controls(chart), class_="chart-head"),
         element("div", legend, class_="legend", role="group", aria_label=f"Lines of {chart.title}"),
         plot,
-        element("figcaption", chart.note, " " if chart.note else None, _steep(chart))
-        if _captioned(chart)
-        else None,
+        element("figcaption", chart.note, " " if chart.note else None, _steep(chart)) if _captioned(chart) else None,
         details("As a table", _table(chart)),
         class_="chart",
         id=identifier,
@@ -100,24 +97,14 @@ def _controls(chart: Chart) -> Markup:
     ]
     switches = []
     if chart.steep:
-        switches.append(
-            element("button", "whole height", type="button", data_toggle="whole", aria_pressed="false")
-        )
-    switches += [
-        element("button", "log y", type="button", data_toggle="log", aria_pressed=_flag(chart.log_y))
-    ]
+        switches.append(element("button", "whole height", type="button", data_toggle="whole", aria_pressed="false"))
+    switches += [element("button", "log y", type="button", data_toggle="log", aria_pressed=_flag(chart.log_y))]
     if len(chart.lines[0].y if chart.lines else []) >= MANY_POINTS:
-        switches.append(
-            element("button", "last half", type="button", data_toggle="half", aria_pressed="false")
-        )
+        switches.append(element("button", "last half", type="button", data_toggle="half", aria_pressed="false"))
     if any(line.members for line in chart.lines):
-        switches.append(
-            element("button", "single seeds", type="button", data_toggle="seeds", aria_pressed="false")
-        )
+        switches.append(element("button", "single seeds", type="button", data_toggle="seeds", aria_pressed="false"))
     axis = element("div", axes, class_="switch", role="group", aria_label="Horizontal axis")
-    return element(
-        "div", axis if len(axes) > 1 else None, element("div", switches, class_="switch"), class_="controls"
-    )
+    return element("div", axis if len(axes) > 1 else None, element("div", switches, class_="switch"), class_="controls")
 
 
 def _flag(value: bool) -> str:
@@ -135,17 +122,11 @@ def _table(chart: Chart) -> Markup:
     key, label = chart.axes[0]
     rows = []
     for line in chart.lines:
-        at = next(
-            (x for x, y in zip(reversed(line.x[key]), reversed(line.y), strict=True) if y is not None), None
-        )
+        at = next((x for x, y in zip(reversed(line.x[key]), reversed(line.y), strict=True) if y is not None), None)
         low, high = (_last(line.low), _last(line.high))
-        rows.append(
-            (line.name, str(line.seeds), numbers.quantity(at), *map(numbers.number, (line.last, low, high)))
-        )
+        rows.append((line.name, str(line.seeds), numbers.quantity(at), *map(numbers.number, (line.last, low, high))))
     columns = ("arm", "seeds", f"at ({label})", "last mean", "smallest", "largest")
-    return grid(
-        Grid(columns, tuple(rows), (False, True, True, True, True, True)), f"End values of {chart.title}"
-    )
+    return grid(Grid(columns, tuple(rows), (False, True, True, True, True, True)), f"End values of {chart.title}")
 
 
 def _last(values: list[float | None] | None) -> float | None:

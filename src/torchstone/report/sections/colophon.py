@@ -23,9 +23,7 @@ def masthead(result: Result) -> Markup:
         element("p", element("span", "torchstone", class_="wordmark"), " ", kind, scale, class_="eyebrow"),
         element("h1", result.title),
         element("p", result.question, class_="question") if result.question else None,
-        element(
-            "div", element("p", numbers.typeset(words.summary(result))), _outcomes(result), class_="summary"
-        ),
+        element("div", element("p", numbers.typeset(words.summary(result))), _outcomes(result), class_="summary"),
         _size(result),
         class_="masthead",
     )
@@ -85,11 +83,7 @@ def about(result: Result) -> Markup:
 
 def _again(result: Result) -> Markup:
     download = element("button", "Save numbers as JSON", type="button", id="download", hidden=True)
-    command = (
-        element("pre", element("code", result.command), tabindex=0, class_="command")
-        if result.command
-        else None
-    )
+    command = element("pre", element("code", result.command), tabindex=0, class_="command") if result.command else None
     source = element(
         "p",
         "Everything here is made from ",

@@ -53,9 +53,7 @@ def paper(result: Result) -> Markup | None:
     """The paper's numbers beside ours."""
     if not result.paper:
         return None
-    rows = tuple(
-        (figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper
-    )
+    rows = tuple((figure.setting, figure.paper or "–", figure.ours or "–", figure.note) for figure in result.paper)
     table = Grid(("setting", "paper", "ours", "note"), rows, (False,) * 4)
     note = element("p", "The paper's scale differs from ours unless a row says otherwise.", class_="note")
     return section("paper", "The paper’s figures beside ours", grid(table, "The paper's figures"), note)
@@ -79,13 +77,8 @@ def _failures(result: Result) -> Markup | None:
     for who, error in failures[:MOST_ERRORS]:
         shown = error
         if len(error) > ERROR_LENGTH:
-            shown = (
-                f"{error[: ERROR_LENGTH // 2]}\n[… the middle is in result.json "
-                f"…]\n{error[-ERROR_LENGTH // 2 :]}"
-            )
+            shown = f"{error[: ERROR_LENGTH // 2]}\n[… the middle is in result.json …]\n{error[-ERROR_LENGTH // 2 :]}"
         parts.append(element("div", element("h3", who), element("pre", shown, tabindex=0), class_="failure"))
     if len(failures) > MOST_ERRORS:
-        parts.append(
-            element("p", f"{len(failures) - MOST_ERRORS} more errors are in result.json.", class_="note")
-        )
+        parts.append(element("p", f"{len(failures) - MOST_ERRORS} more errors are in result.json.", class_="note"))
     return element("div", parts, class_="failures")

@@ -36,18 +36,12 @@ def arm_name(name: str, color: int) -> Markup:
 
 def swatch(color: int) -> Markup:
     """A short stroke in the colour of an arm; beyond the palette the strokes are dashed."""
-    return element(
-        "span", class_=f"swatch arm-{color % 8}{' dotted' if color >= 8 else ''}", aria_hidden="true"
-    )
+    return element("span", class_=f"swatch arm-{color % 8}{' dotted' if color >= 8 else ''}", aria_hidden="true")
 
 
 def facts(*pairs: tuple[str, Child], wide: bool = False) -> Markup | None:
     """A list of terms and values, side by side or `wide`; pairs whose value is None are left out."""
-    items = [
-        element("div", element("dt", term), element("dd", value))
-        for term, value in pairs
-        if value is not None
-    ]
+    items = [element("div", element("dt", term), element("dd", value)) for term, value in pairs if value is not None]
     return element("dl", items, class_="facts wide" if wide else "facts") if items else None
 
 

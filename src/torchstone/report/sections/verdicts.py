@@ -77,9 +77,7 @@ def _card(verdict: Verdict, index: int, result: Result) -> Markup:
         head,
         element("h3", verdict.sentence),
         contrast,
-        forest.plot(verdict, result.metrics, colors.get(verdict.arm, 1))
-        if verdict.effect is not None
-        else None,
+        forest.plot(verdict, result.metrics, colors.get(verdict.arm, 1)) if verdict.effect is not None else None,
         _numbers(verdict, scale),
         element("p", words.reason(verdict), class_="reason") if verdict.reason else None,
         _looks(verdict),
@@ -127,6 +125,4 @@ def _pairs(verdict: Verdict) -> Markup | None:
         return None
     table = grid(tables.pairs(verdict.pairs, verdict.unit_of_n), f"Pairs of {verdict.claim}")
     logs = element("p", "The contrast is ln(arm / baseline).", class_="note")
-    return details(
-        f"Pairs ({len(verdict.pairs):,})", table, logs if verdict.contrast == "log ratio" else None
-    )
+    return details(f"Pairs ({len(verdict.pairs):,})", table, logs if verdict.contrast == "log ratio" else None)
