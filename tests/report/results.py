@@ -334,10 +334,6 @@ def comparison() -> Result:
 
 def algorithm() -> Result:
     """A study without training: no curves, verdict over items, log ratios that are factors."""
-    pairs = tuple(
-        Pair(unit=f"problem-{index:03d}", baseline=1.0, arm=2.0, contrast=0.6 + 0.4 * math.sin(index))
-        for index in range(240)
-    )
     return Result(
         title="Compute allocation for sampling",
         slug="osca",
@@ -360,38 +356,46 @@ def algorithm() -> Result:
             for arm in ("uniform", "learned", "oracle")
             for seed in range(2)
         ),
-        verdicts=(
-            Verdict(
-                claim="more-work",
-                sentence="The learned allocation needs at least 1.5 times fewer samples.",
-                metric="samples",
-                arm="learned",
-                baseline="uniform",
-                contrast="log ratio",
-                direction="greater",
-                margin=math.log(1.5),
-                status="inconclusive",
-                effect=0.6,
-                interval=Interval(low=0.38, high=0.82, level=0.95),
-                n=240,
-                unit_of_n="items",
-                n_needed=700,
-                pairs=pairs,
-                reason="The margin lies inside the interval.",
-            ),
-            Verdict(
-                claim="oracle",
-                sentence="The oracle solves more problems.",
-                metric="solved",
-                arm="oracle",
-                baseline="uniform",
-                contrast="difference",
-                direction="greater",
-                margin=0.0,
-                status="inconclusive",
-                n=0,
-                reason="A cell failed, so there is nothing to compare.",
-            ),
+        verdicts=_algorithm_verdicts(),
+    )
+
+
+def _algorithm_verdicts() -> tuple[Verdict, ...]:
+    pairs = tuple(
+        Pair(unit=f"problem-{index:03d}", baseline=1.0, arm=2.0, contrast=0.6 + 0.4 * math.sin(index))
+        for index in range(240)
+    )
+    return (
+        Verdict(
+            claim="more-work",
+            sentence="The learned allocation needs at least 1.5 times fewer samples.",
+            metric="samples",
+            arm="learned",
+            baseline="uniform",
+            contrast="log ratio",
+            direction="greater",
+            margin=math.log(1.5),
+            status="inconclusive",
+            effect=0.6,
+            interval=Interval(low=0.38, high=0.82, level=0.95),
+            n=240,
+            unit_of_n="items",
+            n_needed=700,
+            pairs=pairs,
+            reason="The margin lies inside the interval.",
+        ),
+        Verdict(
+            claim="oracle",
+            sentence="The oracle solves more problems.",
+            metric="solved",
+            arm="oracle",
+            baseline="uniform",
+            contrast="difference",
+            direction="greater",
+            margin=0.0,
+            status="inconclusive",
+            n=0,
+            reason="A cell failed, so there is nothing to compare.",
         ),
     )
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import cache
 
 import pytest
 
@@ -168,12 +169,11 @@ def test_of_many_who_see_a_stale_lease_one_wins(tmp_path):
             lease.release()
 
 
-def _dead_pid(_found: list[int] = []) -> int:
-    if not _found:
-        process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-        process.wait()
-        _found.append(process.pid)
-    return _found[0]
+@cache
+def _dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
 
 
 def test_a_faster_rival_keeps_what_it_took(tmp_path, monkeypatch):

@@ -63,18 +63,24 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int, dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
         cast_nd, cast_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
-        losses, grads_h = [], []
+        # Results are written in place: what outlives a chunk must not lie between the large blocks that chunks free.
+        losses_n = torch.empty_like(targets_n, dtype=torch.float32)
+        grad_hidden_nd = torch.empty_like(hidden_nd)
         grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
-        for hidden_cd, targets_c in zip(cast_nd.split(chunk), targets_n.split(chunk), strict=True):
+        for start in range(0, hidden_nd.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            hidden_cd, targets_c = cast_nd[rows], targets_n[rows]
             valid_c, index_c1 = targets_c != IGNORE, targets_c.clamp(min=0).unsqueeze(1)
             log_p_cv = F.linear(hidden_cd, cast_vd).float().log_softmax(-1)
-            losses.append(torch.where(valid_c, -log_p_cv.gather(1, index_c1).squeeze(1), 0.0))
+            losses_n[rows] = torch.where(valid_c, -log_p_cv.gather(1, index_c1).squeeze(1), 0.0)
             minus_one_c1 = torch.full_like(index_c1, -1, dtype=torch.float32)
             grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(valid_c.unsqueeze(1)).to(dtype)
-            grads_h.append(grad_cv @ cast_vd)
-            grad_weight_vd += grad_cv.t() @ hidden_cd
-        losses_n = torch.cat(losses)
-        ctx.save_for_backward(torch.cat(grads_h).to(hidden_nd.dtype), grad_weight_vd.to(weight_vd.dtype))
+            grad_hidden_nd[rows] = grad_cv @ cast_vd
+            if dtype == torch.float32:
+                grad_weight_vd.addmm_(grad_cv.t(), hidden_cd)
+            else:
+                grad_weight_vd += grad_cv.t() @ hidden_cd
+        ctx.save_for_backward(grad_hidden_nd, grad_weight_vd.to(weight_vd.dtype))
         ctx.mark_non_differentiable(losses_n)
         return losses_n.sum(), losses_n
 
