@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from torchstone.errors import InterruptedRun, StudyError
+from torchstone.errors import DataError, InterruptedRun, StudyError, TorchstoneError
 from torchstone.lab.progress import Lines, Quiet
 from torchstone.lab.runner import RunOptions, StudyRun, run_study
 from torchstone.lab.study import Arm, Cell, Claim, Measurement, Scale, Study
@@ -216,3 +216,21 @@ def test_plain_progress_names_every_cell(coin, tmp_path, capsys):
     lines = capsys.readouterr().err
     assert "Coins: 6 cells" in lines
     assert "6/6 b seed 2 done" in lines
+
+
+@pytest.mark.parametrize(("raised", "code"), [(DataError("notes.jsonl:3: no JSON"), 3), (ValueError("odd"), 2)])
+def test_an_error_of_the_preparation_keeps_its_kind(coin, tmp_path, monkeypatch, raised, code):
+    def fail(*arguments):
+        raise raised
+
+    monkeypatch.setattr(coin, "prepare", fail)
+    with pytest.raises(TorchstoneError, match=str(raised)) as caught:
+        run_study(coin, options(tmp_path), Quiet())
+    assert caught.value.exit_code == code
+
+
+def test_claims_about_items_are_not_decided_sequentially(coin, tmp_path, monkeypatch):
+    claim = Claim(id="c", sentence="", metric="loss", arm="b", baseline="a", unit="items")
+    monkeypatch.setattr(Coin, "claims", (claim,))
+    with pytest.raises(StudyError, match="without --until-decided"):
+        run_study(coin, options(tmp_path, max_seeds=9), Quiet())

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-TOKENS, VOCAB, WIDTH = 4096, 16384, 32
+TOKENS, VOCAB, WIDTH = 4096, 16384, 512
 
 SCRIPT = f"""
 import resource

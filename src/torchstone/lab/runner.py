@@ -25,7 +25,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torchstone.errors import InterruptedRun, StudyError
+from torchstone import errors
+from torchstone.errors import InterruptedRun, StudyError, TorchstoneError
 from torchstone.lab.environment import cores, environment
 from torchstone.lab.executors import Event, Executor, Job, make_executor
 from torchstone.lab.progress import Progress, choose_progress
@@ -208,7 +209,7 @@ class StudyRun:
         executor.submit(Job("prepare", payload))
         event = self._final_event(executor)
         if event.kind != "done":
-            raise StudyError(f"the study cannot be prepared: {event.error}")
+            raise _typed(event.error)
         atomic_write(path, json.dumps(event.value, indent=1) + "\n")
 
     def _final_event(self, executor: Executor) -> Event:
@@ -373,6 +374,15 @@ class StudyRun:
             environment=environment(device_class()),
             recipe_yaml=self.study.recipe_yaml(self.arms),
         )
+
+
+def _typed(error: str) -> TorchstoneError:
+    """The error that a worker's words stand for, so that bad data keeps its exit code; see `worker.failure`."""
+    name, _, text = error.partition(": ")
+    kind = getattr(errors, name, None)
+    if isinstance(kind, type) and issubclass(kind, TorchstoneError):
+        return kind(text)
+    return StudyError(f"the study cannot be prepared: {error}")
 
 
 @contextmanager
