@@ -9,6 +9,8 @@ turns within every round, so that a slow minute hits all of them; ratios are med
   hf best      the same under bf16 autocast and torch.compile
   ours         `torchstone.train.loop.Trainer.step`, in both modes
   v1, v2       differential attention at 1024 tokens, the feed-forward layer narrowed to equal parameters
+  more heads   plain attention with 1.5 times the heads, equally narrowed: the authors' match for version 2, which doubles
+               the queries and with them the work of attention
 
 `peak` is the share of a large bf16 matrix product's speed on the same threads. Goals: ours best at least 1.15 times
 hf best and 2.5 times hf default; a step of v2 at most 1.15, of v1 at most 1.35 times a plain one.
@@ -50,7 +52,11 @@ GOALS = {
     "ours best / hf default": ("ours best", "hf default", 2.5),
     "ours fp32 / hf default": ("ours fp32", "hf default", None),
 }
-COSTS = {"v2 / plain": ("v2", "plain", 1.15), "v1 / plain": ("v1", "plain", 1.35)}
+COSTS = {
+    "v2 / plain": ("v2", "plain", 1.15),
+    "v2 / more heads": ("v2", "more heads", None),
+    "v1 / plain": ("v1", "plain", 1.35),
+}
 
 
 @dataclass
@@ -201,7 +207,11 @@ def against_llama() -> list[Candidate]:
 def differential() -> list[Candidate]:
     """Plain and differential attention in our best mode, with equal parameters."""
     best = Compute("bf16", True)
-    candidates = [ours("plain", best, LONG, PLAIN, HIDDEN)]
+    more = {**PLAIN, "heads": WIDTH // HEAD_DIM * 3 // 2, "head_dim": HEAD_DIM}
+    candidates = [
+        ours("plain", best, LONG, PLAIN, HIDDEN),
+        ours("more heads", best, LONG, more, equal_hidden(more, LONG)),
+    ]
     for version in ("v1", "v2"):
         mixer = {**PLAIN, "kind": "differential", "version": version}
         candidates.append(ours(version, best, LONG, mixer, equal_hidden(mixer, LONG)))
@@ -251,8 +261,8 @@ def main() -> int:
     report["seconds"] |= found
     for name, (slow, fast, goal) in COSTS.items():
         value = report["ratios"][name] = ratio(found[slow], found[fast])
-        missed += value > goal
-        print(f"{name:<26}{value:>6.2f} times the step (goal: at most {goal})")
+        missed += goal is not None and value > goal
+        print(f"{name:<26}{value:>6.2f} times the step{f' (goal: at most {goal})' if goal else ''}")
     if given.json is not None:
         given.json.write_text(json.dumps(report, indent=1) + "\n")
     return 1 if missed else 0
