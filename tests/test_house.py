@@ -100,6 +100,12 @@ def test_the_page_of_a_done_method_names_paper_and_command(slug: str) -> None:
     assert slug in page
 
 
+@pytest.mark.parametrize("slug", DONE)
+def test_a_study_is_short(slug: str) -> None:
+    path = PACKAGE / "studies" / f"{slug.replace('-', '_')}.py"
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 150
+
+
 # Floors -------------------------------------------------------------------------------------------
 
 

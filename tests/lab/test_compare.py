@@ -78,11 +78,12 @@ def test_the_claim_follows_the_metric(tmp_path):
     ("arms", "options", "message"),
     [
         ([], {}, "needs at least one arm"),
-        (["baseline:seed=1"], {}, "cannot be named 'baseline'"),
+        (["baseline:batch.sequences=8"], {}, "cannot be named 'baseline'"),
         (["a:model.block.mixr=differential"], {}, "mixer"),
-        (["a:seed=1"], {"metric": "beauty"}, "cannot compare by 'beauty'"),
-        (["a:seed=1"], {"match": "size"}, "cannot match 'size'"),
-        (["a:seed=1"], {"margin": -1.0}, "margin"),
+        (["a:batch.sequences=8"], {"metric": "beauty"}, "cannot compare by 'beauty'"),
+        (["a:batch.sequences=8"], {"match": "size"}, "cannot match 'size'"),
+        (["a:batch.sequences=8"], {"margin": -1.0}, "margin"),
+        (["a:seed=1"], {}, "belong to the comparison"),
         (["a:optimizer.learning_rate=0.1"], {"tune_seeds": 1, "grid": [1e-3]}, "at least two different"),
     ],
 )
@@ -114,3 +115,37 @@ def test_the_command(tmp_path):
     wrong = subprocess.run([*arguments, "--match", "size"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_tuning_by_accuracy_takes_the_highest(tmp_path):
+    from torchstone.lab.comparison import METRICS
+    from torchstone.lab.record import Outcome
+    from torchstone.lab.study import Measurement
+    from torchstone.lab.tuning import select, tuning_name
+
+    outcomes = {(tuning_name("a", rate), 0): Outcome("f", Measurement({"accuracy": value, "validation_loss": value}))
+                for rate, value in ((0.1, 0.2), (0.2, 0.9), (0.4, 0.9))}  # fmt: skip
+    grid = (0.1, 0.2, 0.4)
+    assert select(["a"], grid, outcomes, METRICS["accuracy"]).rates == {"a": 0.2}
+    assert select(["a"], grid, outcomes, METRICS["validation_loss"]).rates == {"a": 0.1}
+
+
+def test_cells_on_changed_data_are_refused_and_not_kept(tmp_path):
+    text = tmp_path / "notes.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 400)
+    data = {"kind": "text", "corpus": {"kind": "files", "paths": [str(text)]}, "tokenizer": "bytes", "length": 32}
+    recipe = tiny_recipe(data=data, evaluation={"every": None, "sequences": 4})
+    first = run(["hot:optimizer.learning_rate=0.01"], tmp_path / "out", recipe=recipe, seeds=1)
+    assert {cell.status for cell in first.result.cells} == {"done"}
+    text.write_text("ten nine eight seven six five four three two one " * 400)
+    second = run(["hot:optimizer.learning_rate=0.01"], tmp_path / "out", recipe=recipe, seeds=2)
+    failed = [cell for cell in second.result.cells if cell.status == "failed"]
+    assert {cell.seed for cell in failed} == {1}
+    assert all("never mixed" in cell.error for cell in failed)
+    assert not (tmp_path / "out" / "cells" / "baseline" / "seed-1" / "cell.json").exists()
+
+
+def test_the_report_holds_the_whole_command(tmp_path):
+    finished = run(["same:"], tmp_path, match=Matching("flops", "depth", 0.01), margin=0.5)
+    for word in ("--match flops", "--free depth", "--tolerance 0.01", "--margin 0.5", "--seeds 2"):
+        assert word in finished.result.command

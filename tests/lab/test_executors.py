@@ -19,14 +19,17 @@ from torchstone.lab.executors.local import LocalExecutor
 from torchstone.lab.progress import Quiet
 from torchstone.lab.runner import RunOptions
 from torchstone.lab.training import Variant
-from torchstone.recipe.fingerprint import code_fingerprint
+from torchstone.recipe.fingerprint import code_fingerprint, torch_version
 from torchstone.recipe.load import load_recipe
 
 
 def payload(directory, recipe, **changes):
     study = Comparison(load_recipe(recipe), [Variant("same")], None, "validation_loss", 0.0, 1)
     arm = asdict(study.arms(study.scales[SCALE])[0])
-    prepared = {"compute": {"precision": "fp32", "compile": False}}
+    prepared = {
+        "compute": {"precision": "fp32", "compile": False},
+        "data": {arm["name"]: load_recipe(recipe).data.build(None).fingerprint},
+    }
     return {
         "task": "measure",
         "reference": study.reference(),
@@ -34,6 +37,7 @@ def payload(directory, recipe, **changes):
         "settings": {},
         "directory": str(directory),
         "code": code_fingerprint(),
+        "torch": torch_version(),
         "arm": arm,
         "seed": 0,
         "prepared": prepared,
@@ -53,7 +57,7 @@ def test_a_worker_measures_and_survives_a_failing_cell(tmp_path):
     try:
         executor.submit(Job("bad", payload(tmp_path / "bad", tiny_recipe(), code="other")))
         (failed,) = finish(executor)
-        assert failed.kind == "failed"
+        assert failed.kind == "died"
         assert "torchstone differs from the runner's" in failed.error
         executor.submit(Job("good", payload(tmp_path / "good", tiny_recipe())))
         (done,) = finish(executor)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -68,3 +70,19 @@ def test_ticks_lie_inside_and_are_few(low: float, span: float) -> None:
 def test_every_number_has_a_text(value: float) -> None:
     for show in (numbers.number, numbers.quantity, numbers.reading, numbers.seconds, numbers.size):
         assert show(abs(value))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(2.314, "2.31"), (0.9, "0.9"), (29_358.3, "29,400"), (0.000171, "0.000171"), (12.0, "12"), (1e-9, "1.00e-09")],
+)
+def test_factors_keep_three_significant_digits(value, text):
+    assert numbers.significant(value) == text
+
+
+def test_ticks_of_factors_are_round_and_inside():
+    wide = [math.exp(value) for value in numbers.factor_ticks(math.log(2e-4), math.log(3e4), most=6)]
+    assert wide == pytest.approx([1e-3, 1e-1, 1e1, 1e3], rel=1e-9) or len(wide) >= 3
+    assert all(2e-4 <= value <= 3e4 for value in wide)
+    narrow = [math.exp(value) for value in numbers.factor_ticks(math.log(0.8), math.log(3.0), most=6)]
+    assert narrow == pytest.approx([1, 2])

@@ -52,6 +52,8 @@ def compare(
     from torchstone.recipe.load import load_recipe
     from torchstone.report.terminal import print_verdicts
 
+    if not tune and grid is not None:
+        raise ConfigError("--grid is for --tune, which is not given; add it, or drop the grid.")
     finished = run(
         load_recipe(recipe, overrides or []),
         arm or [],

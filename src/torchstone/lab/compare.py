@@ -34,6 +34,11 @@ def _variants(arms: Sequence[str] | Mapping[str, Sequence[str]]) -> list[Variant
         raise ConfigError("a comparison needs at least one arm, for example --arm model.block.mixer=differential.")
     if any(name == BASELINE for name, _ in parsed):
         raise ConfigError(f"an arm cannot be named {BASELINE!r}: that is the recipe as given. Use NAME:key=value.")
+    for name, overrides in parsed:
+        if any(override.split("=")[0].strip() in ("seed", "sinks", "checkpoint") for override in overrides):
+            raise ConfigError(
+                f"arm {name!r} sets the seed, sinks or checkpoints, which belong to the comparison; use --seeds."
+            )
     return [Variant(name, tuple(overrides)) for name, overrides in parsed]
 
 
@@ -90,9 +95,12 @@ def compare(
     chosen = replace(options or RunOptions(), scale=SCALE, seeds=seeds, max_seeds=max_seeds, out=out)
     study = Comparison(base, _variants(arms), _matching(match), metric, margin, seeds)
     shown = progress or choose_progress()
-    if tune_seeds:
-        study, chosen = _tuned(study, chosen, grid, tune_seeds, shown)
-    return run_study(study, chosen, shown)
+    try:
+        if tune_seeds:
+            study, chosen = _tuned(study, chosen, grid, tune_seeds, shown)
+        return run_study(study, chosen, shown)
+    finally:
+        shown.close()
 
 
 def _tuned(
@@ -105,6 +113,8 @@ def _tuned(
     rates = require_grid(grid or [rate * factor for factor in FACTORS])
     if options.out is None:
         options = replace(options, out=StudyRun(study, options, progress).out.with_suffix(".tuned"))
-    metric = study.metrics[0].name
+    metric = study.metrics[0]
     tuned = tune(study, study.scales[SCALE], rates, tune_seeds, metric, options, progress)
-    return Comparison(study.recipe, study.arms_given, study.matching, metric, study.margin, study.seeds, tuned), options
+    return Comparison(
+        study.recipe, study.arms_given, study.matching, metric.name, study.margin, study.seeds, tuned
+    ), options

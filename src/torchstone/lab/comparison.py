@@ -16,9 +16,9 @@ from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.report.result import Metric
 
-# Standard deviation of the paired difference between two identical arms that differ only in their random stream, from the
-# 40 A/A comparisons in docs/statistics.md; used for the minimum detectable effect before a run.
-ASSUMED_SD = {"validation_loss": 0.01}
+# Standard deviation of the difference between twins that share no seed, from the 40 A/A comparisons in docs/statistics.md; for
+# the minimum detectable effect before a run. Paired arms of longer runs vary less.
+ASSUMED_SD = {"validation_loss": 0.1}
 BASELINE = "baseline"
 SCALE = "compare"
 METRICS = {
@@ -100,10 +100,21 @@ class Comparison(TrainingStudy):
         """The tuning table, if rates were tuned."""
         return Summary(tables=(self.tuned.table,) if self.tuned else ())
 
-    def command(self, scale: str) -> str:
+    def command(self, scale: str, seeds: int | None, max_seeds: int | None) -> str:
         """The command line that makes the same comparison from the recipe in the report."""
         words = ["torchstone", "compare", "recipe.yaml"]
         for variant in self.arms_given:
             words += ["--arm", f"{variant.name}:{','.join(variant.overrides)}"]
-        words += ["--seeds", str(self.seeds), "--match", self.matching.on if self.matching else "none"]
+        words += ["--seeds", str(self.seeds)]
+        if max_seeds is not None:
+            words += ["--until-decided", "--max-seeds", str(max_seeds)]
+        if self.matching is None:
+            words += ["--match", "none"]
+        else:
+            given = self.matching
+            words += ["--match", given.on, "--free", given.free, "--tolerance", f"{given.tolerance:g}"]
+        if self.tuned is not None:
+            rates = ",".join(f"{rate:g}" for rate in self.tuned.grid)
+            words += ["--tune", "--tune-seeds", str(self.tuned.seeds), "--grid", rates]
+        words += ["--metric", self.metrics[0].name, "--margin", f"{self.margin:g}"]
         return shlex.join(words)

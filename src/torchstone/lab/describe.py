@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torchstone.errors import StudyError
-from torchstone.lab.study import Study
+from torchstone.lab.study import Arm, Study
 from torchstone.lab.verdict import Design, effect_before
 
 
@@ -39,3 +39,17 @@ def describe(study: Study, scale_name: str) -> Iterator[str]:
         yield f"  {arm.name} ({arm.role}{size}) {arm.note}".rstrip()
         for change in record.intervention:
             yield f"    {change.path}: {change.baseline} → {change.value}"
+
+
+def before(study: Study, arms: Sequence[Arm], design: Design) -> Iterator[str]:
+    """What is known before any cell runs: how each arm was matched, and what each claim could detect."""
+    for arm in arms:
+        match = study.arm_record(arm).match
+        if match is not None and match.after is not None:
+            yield f"{arm.name}: {match.free} {match.before} → {match.after}, {match.on} {match.residual:+.3%} of the baseline's"
+        elif match is not None:
+            yield f"{arm.name}: {match.on} {match.residual:+.3%} of the baseline's as it is"
+    for claim in study.claims:
+        detectable = effect_before(claim, design)
+        if detectable is not None:
+            yield f"{claim.id}: {design.looks[-1]} seeds detect {detectable:.3g} (80 % power, assumed s.d. {claim.assumed_sd:g})"

@@ -27,6 +27,7 @@ from typing import Any
 
 from torchstone import errors
 from torchstone.errors import InterruptedRun, StudyError, TorchstoneError
+from torchstone.lab.describe import before
 from torchstone.lab.environment import cores, environment
 from torchstone.lab.executors import Event, Executor, Job, make_executor
 from torchstone.lab.progress import Progress, choose_progress
@@ -36,6 +37,7 @@ from torchstone.lab.verdict import Design, judge
 from torchstone.recipe.fingerprint import code_fingerprint, device_class, torch_version
 from torchstone.report.result import ArmRecord, CellRecord, Result, Verdict
 from torchstone.report.write import write
+from torchstone.stats.decision import expected_false_holds
 from torchstone.storage.atomic import atomic_write
 from torchstone.storage.hashing import fingerprint_of
 from torchstone.storage.journal import Journal
@@ -87,8 +89,8 @@ class StudyRun:
         self.fingerprint = self._plan_fingerprint()
         self.out = Path(options.out) if options.out else self._default_directory()
         self.records = CellRecords(self.out)
-        self._open()
         self.prepared: dict[str, Any] = {}
+        self._running: dict[str, tuple[tuple[str, int], Lease]] = {}
 
     def _plan_fingerprint(self) -> str:
         return fingerprint_of(
@@ -107,7 +109,7 @@ class StudyRun:
         name = self.study.slug or "compare"
         return Path("runs") / f"{name}-{self.options.scale}-{self.fingerprint[:10]}"
 
-    def _open(self) -> None:
+    def open(self) -> None:
         """Make the directory, or check that it holds this very plan."""
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "plan.json"
@@ -154,8 +156,9 @@ class StudyRun:
             ) from stop
         finally:
             executor.close(kill=interrupted)
-            if interrupted:
-                self.progress.close()
+            for _, lease in self._running.values():  # only now that no worker writes any more
+                lease.release()
+            self._running.clear()
 
     # ── cells ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -187,6 +190,7 @@ class StudyRun:
             "settings": dict(self.scale.settings),
             "directory": str(directory),
             "code": code_fingerprint(),
+            "torch": torch_version(),
         }
 
     def prepare(self, executor: Executor) -> None:
@@ -224,19 +228,14 @@ class StudyRun:
         outcomes: dict[tuple[str, int], Outcome] = {}
         self._take_records(wanted, outcomes)
         self.progress.stage(title, len(wanted), len(outcomes))
-        running: dict[str, tuple[tuple[str, int], Lease]] = {}
-        try:
-            while len(outcomes) < len(wanted):
-                self._fill(executor, wanted, outcomes, running)
-                if not running:  # every open cell is leased by another process
-                    time.sleep(WAIT_SECONDS)
-                    self._take_records(wanted, outcomes, announce=True)
-                    continue
-                for event in executor.wait(WAIT_SECONDS):
-                    self._handle(event, outcomes, running)
-        finally:
-            for _, lease in running.values():
-                lease.release()
+        while len(outcomes) < len(wanted):
+            self._fill(executor, wanted, outcomes, self._running)
+            if not self._running:  # every open cell is leased by another process
+                time.sleep(WAIT_SECONDS)
+                self._take_records(wanted, outcomes, announce=True)
+                continue
+            for event in executor.wait(WAIT_SECONDS):
+                self._handle(event, outcomes, self._running)
         return outcomes
 
     def _take_records(
@@ -361,7 +360,7 @@ class StudyRun:
             design=design,
             fingerprint=self.fingerprint,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            command=self.study.command(self.options.scale),
+            command=self.study.command(self.options.scale, self.options.seeds, self.options.max_seeds),
             baseline=self.study.baseline,
             metrics=self.study.metrics,
             arms=tuple(records),
@@ -410,6 +409,15 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
         InterruptedRun: a signal came; the same command continues.
     """
     shown = progress or choose_progress()
+    try:
+        return _run(study, options, shown)
+    finally:
+        shown.close()
+
+
+def _run(study: Study, options: RunOptions, shown: Progress) -> Finished:
+    if options.jobs is not None and options.jobs < 1:
+        raise StudyError(f"jobs must be at least 1; given {options.jobs}.")
     run = StudyRun(study, options, shown)
     design = Design.of(run.scale.seeds if options.seeds is None else options.seeds, options.max_seeds)
     if design.sequential is not None and any(claim.unit == "items" for claim in study.claims):
@@ -417,7 +425,9 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
             "this study's claims rest on items, not on seeds; adding seeds until they are decided would not hold the error "
             "rate. Run it without --until-decided."
         )
-    history = Journal(run.out / "history.jsonl")
+    run.open()
+    for line in before(study, run.arms, design):
+        shown.say(line)
     outcomes: dict[tuple[str, int], Outcome] = {}
     verdicts: list[Verdict] = []
     with run.executor() as executor:
@@ -428,23 +438,35 @@ def run_study(study: Study, options: RunOptions, progress: Progress | None = Non
             verdicts = judge(study, outcomes, design, look, verdicts)
             if all(verdict.status != "inconclusive" for verdict in verdicts):
                 break
-    shown.close()
-    peeks = _earlier_numbers(history, len({seed for _, seed in outcomes}), design)
-    result = run.result(outcomes, verdicts, design.describe(), peeks)
+    seeds = len({seed for _, seed in outcomes})
+    notes = [*_chance(len(verdicts)), *_earlier_numbers(Journal(run.out / "history.jsonl"), seeds, design)]
+    result = run.result(outcomes, verdicts, design.describe(), notes)
     write(result, run.out)
     return Finished(result, run.out)
 
 
-def _earlier_numbers(history: Journal, n: int, design: Design) -> list[str]:
-    """Remember how many seeds this verdict used; warn if an earlier verdict in the directory used fewer."""
-    earlier = sorted({record["seeds"] for record in history.read().records if record["seeds"] < n})
-    history.append({"seeds": n, "sequential": len(design.looks) > 1})
-    if earlier and len(design.looks) == 1:
-        return [
-            f"Seeds were raised from {', '.join(map(str, earlier))} to {n} after a verdict had been seen; the interval is not "
-            "corrected for that. Use --until-decided to add seeds under a rule that is."
-        ]
-    return []
+def _chance(claims: int) -> list[str]:
+    """How many claims would hold by chance; every claim is judged alone."""
+    if claims < 2:
+        return []
+    expected = expected_false_holds(claims)
+    return [
+        f"Every claim is judged alone: of {claims} claims about arms that do nothing, {expected:.2g} hold on average."
+    ]
+
+
+def _earlier_numbers(history: Journal, seeds: int, design: Design) -> list[str]:
+    """Remember how many seeds this verdict used and under which design; warn if numbers were seen under another."""
+    now = {"seeds": seeds, "looks": list(design.looks)}
+    others = [record for record in history.read().records if record.get("looks") != now["looks"]]
+    history.append(now)
+    if not others:
+        return []
+    listed = ", ".join(sorted({str(record.get("seeds")) for record in others}))
+    return [
+        f"A verdict with {listed} seeds had been seen in this directory before this one with {seeds}; the error rate does not "
+        "cover that. Declare the number of seeds beforehand, or use --until-decided in a fresh directory."
+    ]
 
 
 @dataclass(frozen=True)

@@ -177,9 +177,11 @@ class Study(ABC):
         """What one cell needs: one thread unless the study says otherwise."""
         return Resources()
 
-    def command(self, scale: str) -> str:
-        """The command that runs this study again."""
-        return f"torchstone study run {self.slug} --scale {scale}"
+    def command(self, scale: str, seeds: int | None, max_seeds: int | None) -> str:
+        """The command that runs this study again as it was run."""
+        more = f" --seeds {seeds}" if seeds is not None else ""
+        more += f" --until-decided --max-seeds {max_seeds}" if max_seeds is not None else ""
+        return f"torchstone study run {self.slug} --scale {scale}{more}"
 
     def reference(self) -> dict[str, Any]:
         """Plain data from which a worker process makes this study again (see `torchstone.lab.catalogue`)."""

@@ -7,13 +7,14 @@ differ in arithmetic. An arm is matched to the baseline (see `torchstone.lab.mat
 
 from __future__ import annotations
 
+import os
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchstone.errors import ConfigError
+from torchstone.errors import ConfigError, DataError
 from torchstone.lab import matching
 from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
 from torchstone.recipe.diff import differences
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from torchstone.train.run import RunSummary
 
 SMALL_PARAMETERS = 30_000_000
+CURVE_POINTS = 100
 STREAM = 10_000_000  # seeds between two streams
 
 
@@ -97,11 +99,13 @@ class Probe:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning selected (see `torchstone.lab.tuning`): a rate for each arm, notes and all tuning numbers."""
+    """What tuning selected (see `torchstone.lab.tuning`): a rate for each arm, notes, all numbers, grid and seeds."""
 
     rates: Mapping[str, float]
     notes: tuple[str, ...]
     table: Table
+    grid: tuple[float, ...] = ()
+    seeds: int = 0
 
 
 class TrainingStudy(Study):
@@ -182,7 +186,9 @@ class TrainingStudy(Study):
         if device_class() == "cuda":
             import torch
 
-            return Resources(devices=tuple(map(str, range(torch.cuda.device_count()))))
+            visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+            names = visible.split(",") if visible else map(str, range(torch.cuda.device_count()))
+            return Resources(devices=tuple(names))
         largest = max(matching.counts_of(load_recipe(arm.settings["recipe"])).parameters for arm in arms)
         return Resources(threads=1 if largest < SMALL_PARAMETERS else cores())
 
@@ -202,6 +208,12 @@ class TrainingStudy(Study):
 
         seed = cell.seed + STREAM * cell.arm.settings["stream"]
         recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={seed}"])
+        expected, found = cell.prepared["data"][cell.arm.name], recipe.data.build(None).fingerprint
+        if found != expected:
+            raise DataError(
+                f"the data of arm {cell.arm.name} changed since the study was prepared: its fingerprint was {expected}, now "
+                f"it is {found}. Restore the files, or choose another --out: cells on different data are never mixed."
+            )
         summary = train(
             recipe,
             cell.directory / "run",
@@ -210,12 +222,12 @@ class TrainingStudy(Study):
             device=None,
         )
         recipe, model, data = load_run(cell.directory / "run")
-        found = self.probe(Trained(cell, recipe, model, data, summary))
+        probed = self.probe(Trained(cell, recipe, model, data, summary))
         return Measurement(
-            metrics={**summary.final, **found.metrics},
-            items=found.items,
-            series={**curves(summary.history), **found.series},
-            extra=found.extra,
+            metrics={**summary.final, **probed.metrics},
+            items=probed.items,
+            series={**curves(summary.history), **probed.series},
+            extra=probed.extra,
             tokens=summary.tokens,
             flops=summary.flops,
             peak_bytes=summary.peak_bytes,
@@ -237,13 +249,24 @@ def _arm(variant: Variant, origin: Recipe, recipe: Recipe, record: Match | None)
 
 
 def curves(history: Mapping[str, Mapping[str, Sequence[float]]]) -> dict[str, Series]:
-    """Training and validation loss as series against steps, tokens, FLOPs and seconds."""
-    axes = ("steps", "tokens", "flops", "seconds")
-    return {
-        f"{name} loss": Series(axes={axis: tuple(record[axis]) for axis in axes}, values=tuple(record["loss"]))
-        for name, record in history.items()
-        if record["loss"]
-    }
+    """Training and validation loss as series against steps, tokens, FLOPs and seconds, thinned to `CURVE_POINTS`.
+
+    The run directory's metrics hold every step.
+    """
+    found = {}
+    for name, record in history.items():
+        kept = thinned(len(record["loss"]))
+        if kept:
+            axes = {axis: tuple(record[axis][i] for i in kept) for axis in ("steps", "tokens", "flops", "seconds")}
+            found[f"{name} loss"] = Series(axes=axes, values=tuple(record["loss"][i] for i in kept))
+    return found
+
+
+def thinned(count: int) -> list[int]:
+    """Indices of at most `CURVE_POINTS` evenly spread points, the first and the last among them."""
+    if count <= CURVE_POINTS:
+        return list(range(count))
+    return [round(i * (count - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)]
 
 
 def depth_figure(cells: Sequence[tuple[Cell, Measurement]], name: str, title: str, label: str) -> tuple[Figure, ...]:

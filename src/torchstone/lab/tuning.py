@@ -2,7 +2,7 @@
 
 An arm that looks better only because the shared rate suits it is the commonest false result in comparisons. Tuning
 trains every arm at every rate of a declared grid, on seeds that the comparison never uses, and takes the rate with the
-lowest mean of the metric (ties: the lower rate). Every arm gets the same grid and the same number of tuning runs.
+best mean of the metric (ties: the lower rate). Every arm gets the same grid and the same number of tuning runs.
 
 Pitfall: a best rate at the edge of the grid means that the grid was too narrow; the report says so.
 """
@@ -21,7 +21,7 @@ from torchstone.lab.runner import RunOptions, StudyRun
 from torchstone.lab.study import Arm, Cell, Measurement, Resources, Scale, Study
 from torchstone.lab.training import TrainingStudy, Tuned
 from torchstone.recipe.load import load_recipe
-from torchstone.report.result import Table
+from torchstone.report.result import Metric, Table
 
 FIRST_TUNING_SEED = 1_000_000
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -81,7 +81,7 @@ def tune(
     scale: Scale,
     grid: Sequence[float],
     seeds: int,
-    metric: str,
+    metric: Metric,
     options: RunOptions,
     progress: Progress,
 ) -> Tuned:
@@ -93,19 +93,21 @@ def tune(
     search = RateSearch(study, scale, grid)
     assert options.out is not None
     run = StudyRun(search, replace(options, scale="tuning", out=Path(options.out) / "tuning"), progress)
+    run.open()
     with run.executor() as executor:
         run.prepare(executor)
         tuning_seeds = range(FIRST_TUNING_SEED, FIRST_TUNING_SEED + seeds)
         outcomes = run.run_cells(executor, tuning_seeds, "tuning learning rates")
     names = [arm.name for arm in study.arms(scale)]
-    return select(names, grid, outcomes, metric)
+    return replace(select(names, grid, outcomes, metric), grid=tuple(grid), seeds=seeds)
 
 
 def select(
-    arms: Sequence[str], grid: Sequence[float], outcomes: Mapping[tuple[str, int], Outcome], metric: str
+    arms: Sequence[str], grid: Sequence[float], outcomes: Mapping[tuple[str, int], Outcome], metric: Metric
 ) -> Tuned:
-    """The rate with the lowest mean metric for each arm, among rates at which every seed finished."""
+    """The rate with the best mean metric for each arm (ties: the lower rate), among rates at which every seed finished."""
     rates: dict[str, float] = {}
+    sign = -1 if metric.better == "higher" else 1
     notes = [
         f"The peak learning rate was selected for each arm on separate seeds from the grid {', '.join(f'{r:g}' for r in grid)}."
     ]
@@ -114,14 +116,14 @@ def select(
         means: dict[float, float | None] = {}
         for rate in grid:
             cells = [outcome.measurement for (name, _), outcome in outcomes.items() if name == tuning_name(arm, rate)]
-            finished = [cell.metrics[metric] for cell in cells if cell is not None]
+            finished = [cell.metrics[metric.name] for cell in cells if cell is not None]
             means[rate] = sum(finished) / len(finished) if finished and len(finished) == len(cells) else None
         usable = {rate: mean for rate, mean in means.items() if mean is not None}
         if not usable:
             raise StudyError(
                 f"arm {arm!r} failed at every learning rate of the grid; see the cells' errors, or lower the grid."
             )
-        rates[arm] = min(usable, key=lambda rate: (usable[rate], rate))
+        rates[arm] = min(usable, key=lambda rate: (sign * usable[rate], rate))
         if rates[arm] in (min(grid), max(grid)):
             notes.append(
                 f"Arm {arm}: the best rate {rates[arm]:g} lies at the edge of the grid; a wider one may do better."
@@ -131,5 +133,5 @@ def select(
     return Tuned(
         rates,
         tuple(notes),
-        Table(title=f"Tuning: mean {metric} by peak learning rate", columns=columns, rows=tuple(rows)),
+        Table(title=f"Tuning: mean {metric.label} by peak learning rate", columns=columns, rows=tuple(rows)),
     )

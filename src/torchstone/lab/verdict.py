@@ -150,8 +150,8 @@ def _verdict(
         effect=estimate.effect,
         interval=_interval(estimate),
         n=estimate.n,
-        mde_after=_detectable(estimate),
-        n_needed=_needed(estimate, claim, status),
+        mde_after=_detectable(estimate, design),
+        n_needed=_needed(estimate, claim, status, design),
         pairs=_pairs(claim, contrasts),
         looks=(*history, record) if design.sequential is not None else (),
         **shared,
@@ -199,15 +199,18 @@ def _interval(estimate: Estimate) -> Interval | None:
     return Interval(low=estimate.low, high=estimate.high, level=estimate.level)
 
 
-def _detectable(estimate: Estimate) -> float | None:
+def _detectable(estimate: Estimate, design: Design) -> float | None:
+    """Minimum detectable distance from the margin under the observed spread and this design."""
     if estimate.sd is None or estimate.n < 2:
         return None
+    if design.sequential is not None:
+        return design.sequential.minimum_detectable_effect(estimate.sd)
     return minimum_detectable_effect(estimate.sd, estimate.n)
 
 
-def _needed(estimate: Estimate, claim: Claim, status: str) -> int | None:
-    """Units that would decide, if effect and spread stay as observed; only for an inconclusive claim."""
-    if status != "inconclusive" or not estimate.sd:
+def _needed(estimate: Estimate, claim: Claim, status: str, design: Design) -> int | None:
+    """Units of a fixed design that would decide, if effect and spread stay as observed; only for an inconclusive claim."""
+    if status != "inconclusive" or not estimate.sd or design.sequential is not None:
         return None
     return units_needed(estimate.effect - claim.margin, estimate.sd)
 

@@ -17,28 +17,40 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from torchstone.errors import InterruptedRun, StudyError, TorchstoneError
+from torchstone.errors import (
+    CheckpointError,
+    DataError,
+    DependencyError,
+    InterruptedRun,
+    TorchstoneError,
+    WorkerError,
+)
 from torchstone.lab.catalogue import from_reference
 from torchstone.lab.record import measurement_data
 from torchstone.lab.study import Arm, Cell
 
 PROGRESS_SECONDS = 0.5
-PARENT_SECONDS = 1.0
+PARENT_SECONDS = 0.2
+PASSING = (OSError, MemoryError, CheckpointError, DataError, DependencyError, WorkerError)
 
 
 def perform(payload: Mapping[str, Any], report: Callable[[Mapping[str, Any]], None]) -> dict[str, Any]:
     """Do what the payload asks and return plain data.
 
     Raises:
-        StudyError: this process has other code than the runner.
+        WorkerError: this process has other code or another torch than the runner.
         TorchstoneError: whatever the cell raises.
     """
-    from torchstone.recipe.fingerprint import code_fingerprint
+    from torchstone.recipe.fingerprint import code_fingerprint, torch_version
 
     if payload["code"] != code_fingerprint():
-        raise StudyError(
+        raise WorkerError(
             f"this worker's torchstone differs from the runner's (code {code_fingerprint()} against {payload['code']}); "
             "install the same version on every machine, and do not edit the source while a study runs."
+        )
+    if payload["torch"] != torch_version():
+        raise WorkerError(
+            f"this worker has torch {torch_version()}, the runner {payload['torch']}; install the same version."
         )
     study = from_reference(payload["reference"])
     directory = Path(payload["directory"])
@@ -57,6 +69,11 @@ def perform(payload: Mapping[str, Any], report: Callable[[Mapping[str, Any]], No
     started = time.perf_counter()
     measurement = study.measure(cell)
     return {"measurement": measurement_data(measurement), "seconds": time.perf_counter() - started}
+
+
+def is_passing(error: BaseException) -> bool:
+    """True for what may be gone at the next try (disk, memory, files, packages); a cell that failed by itself is not."""
+    return isinstance(error, PASSING) or type(error).__name__ == "OutOfMemoryError"
 
 
 def failure(error: BaseException) -> str:
@@ -81,7 +98,7 @@ def _throttled(send: Callable[[dict[str, Any]], None]) -> Callable[[Mapping[str,
 
 
 def _stop_with_parent(parent: int) -> None:
-    """End this process (saving a checkpoint) soon after the runner is gone, so that it never works without a lease."""
+    """End this process (saving a checkpoint) soon after the runner is gone, whose leases others then take."""
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -105,7 +122,7 @@ def main(answers: int) -> int:
             return stop.exit_code
         except Exception as error:  # a failed cell is a record, whatever the cell raised
             traceback.print_exc()
-            send({"kind": "failed", "error": failure(error)})
+            send({"kind": "died" if is_passing(error) else "failed", "error": failure(error)})
     return 0
 
 

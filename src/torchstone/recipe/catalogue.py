@@ -84,8 +84,9 @@ def _one_line(cls: type[BaseModel]) -> str:
 
 
 def places(family: str) -> list[str]:
-    """Where a recipe takes parts of this family, looking inside the first kind of every other family."""
-    return [".".join(map(str, path)) for path in _places(family, Slot(section=Recipe), ())]
+    """Where a recipe takes parts of this family, looking inside every kind of the other families."""
+    found = (".".join(map(str, path)) for path in _places(family, Slot(section=Recipe), ()))
+    return list(dict.fromkeys(found))
 
 
 def _places(family: str, slot: Slot, path: KeyPath) -> Iterator[KeyPath]:
@@ -93,10 +94,11 @@ def _places(family: str, slot: Slot, path: KeyPath) -> Iterator[KeyPath]:
     if inner[0].family == family:
         yield inner[1]
         return
-    cls = slot_class(inner[0], {"kind": kinds(inner[0].family)[0]} if inner[0].family else None)
-    for name in cls.model_fields if cls is not None else ():
-        assert cls is not None
-        yield from _places(family, field_slot(cls, name), (*inner[1], name))
+    choices = [{"kind": kind} for kind in kinds(inner[0].family)] if inner[0].family else [None]
+    for cls in (slot_class(inner[0], choice) for choice in choices):
+        for name in cls.model_fields if cls is not None else ():
+            assert cls is not None
+            yield from _places(family, field_slot(cls, name), (*inner[1], name))
 
 
 def render(found: Catalogue) -> str:

@@ -24,7 +24,7 @@ from torchstone.storage.hashing import file_hash, fingerprint_of
 from torchstone.version import __version__
 
 OPERATIONAL = ("checkpoint", "sinks")
-HASHED_PACKAGES = ("nn", "models", "objectives", "optim", "data", "train", "llm")
+HASHED_PACKAGES = ("nn", "models", "objectives", "optim", "data", "train", "llm", "evals", "diagnose", "lab", "studies")
 
 
 def identity(recipe: Recipe) -> dict[str, Any]:

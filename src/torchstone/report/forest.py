@@ -7,6 +7,7 @@ support the claim is tinted; the solid line is "no effect", the dashed one the m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -21,14 +22,14 @@ TOP, DOTS, BAR, AXIS, HEIGHT = 4, 17, 40, 58, 80
 
 @dataclass(frozen=True)
 class Frame:
-    """The horizontal axis in shown units."""
+    """The horizontal axis, in the units of `EffectScale.place`."""
 
     scale: EffectScale
     low: float
     high: float
 
     def x(self, value: float) -> str:
-        """Position of a shown value, as a percentage of the width."""
+        """Position of a place, as a percentage of the width."""
         share = (value - self.low) / (self.high - self.low)
         return f"{100 * min(1.0, max(0.0, share)):.2f}%"
 
@@ -36,14 +37,14 @@ class Frame:
 def frame_for(verdicts: Sequence[Verdict], metrics: Sequence[Metric]) -> Frame:
     """An axis that shows everything of these verdicts, which share a metric and a contrast."""
     scale = words.scale_for(verdicts, metrics)
-    values = [scale.neutral]
+    values = [scale.place(0.0)]
     for verdict in verdicts:
-        values.append(scale.value(verdict.margin))
-        values += [scale.value(pair.contrast) for pair in _dots(verdict)]
+        values.append(scale.place(verdict.margin))
+        values += [scale.place(pair.contrast) for pair in _dots(verdict)]
         if verdict.effect is not None:
-            values.append(scale.value(verdict.effect))
+            values.append(scale.place(verdict.effect))
         if verdict.interval is not None:
-            values += [scale.value(verdict.interval.low), scale.value(verdict.interval.high)]
+            values += [scale.place(verdict.interval.low), scale.place(verdict.interval.high)]
     low, high = numbers.bounds(values)
     room = 0.08 * (high - low)
     return Frame(scale, low - room, high + room)
@@ -53,7 +54,7 @@ def plot(verdict: Verdict, metrics: Sequence[Metric], color: int, frame: Frame |
     """The strip of one verdict."""
     frame = frame or frame_for([verdict], metrics)
     scale = frame.scale
-    margin, neutral = scale.value(verdict.margin), scale.value(0.0)
+    margin, neutral = scale.place(verdict.margin), scale.place(0.0)
     parts = [
         _support(verdict, frame, margin),
         _axis(frame),
@@ -112,7 +113,10 @@ def _rule(x: str, kind: str) -> Markup:
 
 def _axis(frame: Frame) -> list[Markup]:
     marks = [element("line", class_="axis", x1="0%", x2="100%", y1=AXIS, y2=AXIS)]
-    steps = numbers.ticks(frame.low, frame.high, most=5)
+    if frame.scale.kind == "factor":
+        steps = numbers.factor_ticks(frame.low, frame.high, most=6)
+    else:
+        steps = numbers.ticks(frame.low, frame.high, most=5)
     spacing = steps[1] - steps[0] if len(steps) > 1 else frame.high - frame.low
     scale = EffectScale(frame.scale.kind, "", min(frame.scale.places, numbers.places_for(spacing, digits=1)))
     for value in steps:
@@ -120,7 +124,7 @@ def _axis(frame: Frame) -> list[Markup]:
         marks.append(element("line", class_="axis", x1=x, x2=x, y1=AXIS, y2=AXIS + 4))
         if not 3 <= float(x[:-1]) <= 97:
             continue
-        label = numbers.typeset(scale.shown(value, unit=True))
+        label = numbers.typeset(scale.shown(math.exp(value) if scale.kind == "factor" else value, unit=True))
         marks.append(element("text", label, x=x, y=HEIGHT - 5, text_anchor="middle"))
     return marks
 
@@ -130,7 +134,7 @@ def _dot_marks(verdict: Verdict, frame: Frame) -> list[Markup]:
     for index, pair in enumerate(_dots(verdict)):
         text = f"{pair.unit}: {numbers.typeset(frame.scale.text(pair.contrast))}"
         y = DOTS + (index % 3 - 1) * 5
-        x = frame.x(frame.scale.value(pair.contrast))
+        x = frame.x(frame.scale.place(pair.contrast))
         marks.append(element("circle", element("title", text), class_="pair", cx=x, cy=y, r="3.5"))
     return marks
 
@@ -138,9 +142,9 @@ def _dot_marks(verdict: Verdict, frame: Frame) -> list[Markup]:
 def _estimate(verdict: Verdict, frame: Frame) -> list[Markup]:
     marks = []
     if verdict.interval is not None:
-        low, high = (frame.x(frame.scale.value(end)) for end in (verdict.interval.low, verdict.interval.high))
+        low, high = (frame.x(frame.scale.place(end)) for end in (verdict.interval.low, verdict.interval.high))
         marks.append(element("line", class_="interval", x1=low, x2=high, y1=BAR, y2=BAR))
         marks += [element("line", class_="interval", x1=x, x2=x, y1=BAR - 6, y2=BAR + 6) for x in (low, high)]
     if verdict.effect is not None:
-        marks.append(element("circle", class_="effect", cx=frame.x(frame.scale.value(verdict.effect)), cy=BAR, r=6))
+        marks.append(element("circle", class_="effect", cx=frame.x(frame.scale.place(verdict.effect)), cy=BAR, r=6))
     return marks

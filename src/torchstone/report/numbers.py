@@ -106,3 +106,24 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A positive number with so many significant digits and no trailing zeros: 0.000172, 2.31, 29,400."""
+    if value <= 0 or not math.isfinite(value):
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value))
+    if not -5 <= exponent <= 6:
+        return f"{value:.{digits - 1}e}"
+    places = max(0, digits - 1 - exponent)
+    text = f"{round(value, digits - 1 - exponent):,.{places}f}"
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def factor_ticks(low: float, high: float, most: int) -> list[float]:
+    """Logarithms of round factors between two logarithms: powers of ten where they span much, else 1, 2 and 5 times."""
+    tens = range(math.floor(low / math.log(10)), math.ceil(high / math.log(10)) + 1)
+    stride = max(1, -(-len(tens) // most))
+    steps = (1, 2, 5) if len(tens) <= 3 else (1,)
+    values = [ten * math.log(10) + math.log(step) for ten in tens if ten % stride == 0 for step in steps]
+    return [value for value in values if low <= value <= high]

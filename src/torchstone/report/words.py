@@ -47,6 +47,10 @@ class EffectScale:
         bounded = max(-50.0, min(50.0, contrast))
         return math.exp(bounded) if self.kind == "factor" else 100 * math.expm1(bounded)
 
+    def place(self, contrast: float) -> float:
+        """Where a contrast stands on an axis: in shown units, but factors by their logarithm (×½ as far as ×2)."""
+        return contrast if self.kind == "factor" else self.value(contrast)
+
     def text(self, contrast: float | None, unit: bool = True) -> str:
         """A contrast as text."""
         if contrast is None:
@@ -56,7 +60,7 @@ class EffectScale:
     def shown(self, value: float, unit: bool = True) -> str:
         """A value that is in shown units already, as text."""
         if self.kind == "factor":
-            return f"×{value:,.{self.places}f}"
+            return f"×{numbers.significant(value)}"
         suffix = "%" if self.kind == "percent" else self.unit
         return numbers.signed(value, self.places) + (f" {suffix}" if unit and suffix else "")
 

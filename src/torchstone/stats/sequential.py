@@ -79,10 +79,6 @@ class SequentialDesign:
             raise StudyError(f"{n} seeds is not a declared look of this design; declared: {declared}.")
         return self.boundaries[self.looks.index(n)]
 
-    def next_look(self, n: int) -> int | None:
-        """The first declared look with more than n seeds; None after the last."""
-        return next((look for look in self.looks if look > n), None)
-
     def estimate(
         self, values: ArrayLike, *, margin: float = 0.0, resolution: float = 0.0, deterministic: bool = False
     ) -> Estimate:

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from torchstone.data.published import published
+from torchstone.data.published import notice, published
+from torchstone.errors import DataError
 from torchstone.lab.study import Cell, Measurement
 from torchstone.llm.allocation.populations import generate_table
 from torchstone.llm.allocation.table import CountTable, read_table
@@ -33,7 +34,9 @@ PRINTED = {
 def population(name: str, real: bool) -> CountTable:
     """The main table (published, or generated in its shape), or a control population; always the same one."""
     path = published(DATA)
-    if name == "main" and real and path is not None:
+    if name == "main" and real:
+        if path is None:
+            raise DataError(f"the study was prepared with the published table, which is not here. {notice(DATA)}")
         return read_table(path)
     kind = "complementary" if name == "main" else name
     return generate_table(kind, 148, 10, 300, np.random.default_rng([20241030, len(name)]))

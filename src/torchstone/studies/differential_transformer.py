@@ -26,7 +26,7 @@ from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
 from torchstone.lab.training import Matching, Probe, Trained, TrainingStudy, Variant, depth_figure
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
-from torchstone.report.result import Metric, PaperFigure
+from torchstone.studies._differential_transformer import METRICS, beside
 
 MIXER = "model.block.mixer"
 V1, V2 = f"{MIXER}=differential", f"{MIXER}={{kind: differential, version: v2}}"
@@ -43,17 +43,7 @@ class DifferentialTransformer(TrainingStudy):
     )
     baseline = "softmax"
     matching = Matching("params")
-    metrics = (
-        Metric(name="noise_mass", label="attention off the answer (best head, stressed recall)", better="lower"),
-        Metric(name="answer_mass", label="attention on the answer (best head, stressed recall)", better="higher"),
-        Metric(name="stress_accuracy", label="accuracy on stressed recall", better="higher"),
-        Metric(name="steps_to_90", label="steps to 90 % recall (censored)", unit="steps", better="lower"),
-        Metric(name="largest_score", label="largest |attention score|", better="lower"),
-        Metric(name="entropy", label="attention entropy (best head)", unit="nats", better="neither"),
-        Metric(name="ar_hit_loss", label="loss on AR-hits", unit="nats/token", better="lower"),
-        Metric(name="other_loss", label="loss on other tokens", unit="nats/token", better="lower"),
-        Metric(name="validation_loss", label="validation loss", unit="nats/token", better="lower"),
-    )
+    metrics = METRICS
     claims = (
         Claim("noise-v1", "Version 1 puts at least a tenth less attention on noise than softmax.", "noise_mass",
               "diff-v1", "softmax", "log ratio", "less", math.log(0.9)),
@@ -72,14 +62,6 @@ class DifferentialTransformer(TrainingStudy):
         Claim("loss-v2-heads", "On text, version 2's loss is lower than that of softmax with more heads.",
               "validation_loss", "text.diff-v2", "text.more-heads"),
     )  # fmt: skip
-    paper = (
-        PaperFigure(setting="1.4B, 10B tokens: validation loss", paper="3.087 → 3.062 (version 1)"),
-        PaperFigure(setting="the same, on AR-hits / other tokens", paper="0.898 → 0.880 / 3.272 → 3.247"),
-        PaperFigure(setting="version 1 without its norm", paper="3.122 (worse than softmax)"),
-        PaperFigure(setting="3B: attention on noise, answer in the middle", paper="0.52 → 0.02"),
-        PaperFigure(setting="3B: attention on the answer, in the middle", paper="0.03 → 0.31"),
-        PaperFigure(setting="largest |attention score|", paper="318 → 38.8"),
-    )
     scales = {
         "smoke": Scale(2, {"width": 32, "head_dim": 8, "depth": 2, "steps": 4, "text_steps": 4, "evaluate": 8}),
         "toy": Scale(3, {"width": 64, "head_dim": 8, "depth": 2, "steps": 1000, "text_steps": 400, "evaluate": 128}),
@@ -147,7 +129,7 @@ class DifferentialTransformer(TrainingStudy):
         }, extra=extra)  # fmt: skip
 
     def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
-        """λ of every layer at the end of training."""
+        """λ of every layer at the end of training, and the paper's numbers beside ours."""
         return Summary(
-            figures=depth_figure(cells, "lambda", "λ by layer at the end of training", "λ"), paper=self.paper
+            figures=depth_figure(cells, "lambda", "λ by layer at the end of training", "λ"), paper=beside(cells)
         )

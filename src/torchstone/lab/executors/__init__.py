@@ -33,7 +33,7 @@ def make_executor(on: str, *, slots: int | None, threads: int, logs: Path, devic
     if on == "ray" or on.startswith("ray://"):
         from torchstone.lab.executors.ray import RayExecutor
 
-        return RayExecutor(None if on == "ray" else on, slots, threads)
+        return RayExecutor(None if on == "ray" else on, slots, threads, gpus=1 if devices else 0)
     raise ConfigError(f"cannot run on {on!r}; allowed: local, inline, ray, ray://HOST:PORT.")
 
 

@@ -24,7 +24,8 @@ class Event:
     """News of a job.
 
     `progress`: `value` holds what the cell reported · `done`: `value` is the answer · `failed`: the job raised, `error`
-    says what · `died`: the worker is gone, `error` says how.
+    says what · `died`: the worker is gone, or met
+    something passing (a full disk, missing files); `error` says what, and the same command runs the job again.
     """
 
     key: str

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torchstone.errors import InterruptedRun
 from torchstone.lab.executors.base import Event, Job
-from torchstone.lab.worker import failure, perform
+from torchstone.lab.worker import failure, is_passing, perform
 
 
 class InlineExecutor:
@@ -24,7 +24,7 @@ class InlineExecutor:
         except InterruptedRun:
             raise
         except Exception as error:  # a failed cell is a record, whatever the cell raised
-            self._events.append(Event(job.key, "failed", {}, failure(error)))
+            self._events.append(Event(job.key, "died" if is_passing(error) else "failed", {}, failure(error)))
         else:
             self._events.append(Event(job.key, "done", value))
 

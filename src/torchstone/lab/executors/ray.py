@@ -21,14 +21,16 @@ from torchstone.lab.executors.local import THREAD_VARIABLES
 
 def _remote_perform(payload: dict[str, Any]) -> dict[str, Any]:
     """Run on a node: perform the job in a scratch folder there, and hand back plain data."""
-    from torchstone.lab.worker import failure, perform
+    from torchstone.errors import InterruptedRun
+    from torchstone.lab.worker import failure, is_passing, perform
 
     with tempfile.TemporaryDirectory(prefix="torchstone-") as scratch:
         local = {**payload, "directory": str(Path(scratch) / "cell")}
         try:
             return {"kind": "done", "value": perform(local, lambda progress: None)}
         except Exception as error:  # a failed cell is a record, whatever the cell raised
-            return {"kind": "failed", "error": failure(error)}
+            passing = is_passing(error) or isinstance(error, InterruptedRun)
+            return {"kind": "died" if passing else "failed", "error": failure(error)}
 
 
 class RayExecutor:
@@ -38,13 +40,14 @@ class RayExecutor:
         address: None for the cluster of this machine (started if there is none), else Ray's address.
         slots: jobs in flight; None takes the cluster's CPUs.
         threads: intra-op threads, and Ray CPUs, of one job.
+        gpus: Ray GPUs of one job.
 
     Raises:
         DependencyError: Ray is not installed.
         ConfigError: no cluster answers at `address`.
     """
 
-    def __init__(self, address: str | None, slots: int | None, threads: int) -> None:
+    def __init__(self, address: str | None, slots: int | None, threads: int, gpus: int = 0) -> None:
         try:
             import ray
         except ImportError as error:
@@ -62,7 +65,11 @@ class RayExecutor:
         self.slots = max(1, slots or cpus // threads)
         variables = dict.fromkeys(THREAD_VARIABLES, str(threads))
         self._task = ray.remote(_remote_perform).options(
-            num_cpus=threads, max_retries=0, scheduling_strategy="SPREAD", runtime_env={"env_vars": variables}
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_retries=0,
+            scheduling_strategy="SPREAD",
+            runtime_env={"env_vars": variables},
         )
         self._running: dict[Any, str] = {}
 
