@@ -20,7 +20,7 @@ import numpy as np
 from scipy.stats import binomtest
 
 from torchstone.lab.comparison import METRICS, Comparison
-from torchstone.lab.runner import Runnable
+from torchstone.lab.runnable import Runnable
 from torchstone.lab.study import Claim, Scale
 from torchstone.lab.training import TrainingStudy, Variant
 from torchstone.recipe.load import load_recipe

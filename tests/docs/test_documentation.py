@@ -48,7 +48,8 @@ def test_links_lead_somewhere(page):
 def test_commands_in_the_readme_exist():
     command = shutil.which("torchstone", path=str(Path(sys.executable).parent)) or "torchstone"
     text = (ROOT / "README.md").read_text()
-    verbs = set(re.findall(r"^torchstone (\w+)", text, re.MULTILINE))
+    blocks = "\n".join(re.findall(r"```\n(.*?)```", text, re.DOTALL))
+    verbs = set(re.findall(r"^torchstone (\w+)", blocks, re.MULTILINE))
     assert {"compare", "train", "study", "allocate", "doctor"} <= verbs
     for verb in verbs:
         run = subprocess.run([command, verb, "--help"], capture_output=True, text=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 from typing import Any
 
 from torchstone.report.result import (
@@ -400,6 +401,21 @@ def _algorithm_verdicts() -> tuple[Verdict, ...]:
     )
 
 
+def _hostile_verdicts(verdicts: list[dict], names: dict[str, str], text: Callable[[int], str]) -> None:
+    for index, entry in enumerate(verdicts):
+        entry.update(
+            claim=text(index),
+            sentence=text(index + 1),
+            arm=names[entry["arm"]],
+            baseline=names[entry["baseline"]],
+            reason=text(index + 2),
+            unit_of_n=text(index + 3),
+            looks=[{text(0): text(1), text(2): 3.0}],
+        )
+        for number, pair in enumerate(entry["pairs"]):
+            pair["unit"] = text(number)
+
+
 def hostile() -> Result:
     """Every string that a user or a model can choose is one of `HOSTILE`."""
     texts = list(HOSTILE)
@@ -425,18 +441,7 @@ def hostile() -> Result:
         for one in entry["series"].values():
             one["axes"][text(7)] = one["axes"].pop("seconds")
         entry["metrics"] = {text(0): 1.0, "validation_loss": 2.0}
-    for index, entry in enumerate(data["verdicts"]):
-        entry.update(
-            claim=text(index),
-            sentence=text(index + 1),
-            arm=names[entry["arm"]],
-            baseline=names[entry["baseline"]],
-            reason=text(index + 2),
-            unit_of_n=text(index + 3),
-            looks=[{text(0): text(1), text(2): 3.0}],
-        )
-        for number, pair in enumerate(entry["pairs"]):
-            pair["unit"] = text(number)
+    _hostile_verdicts(data["verdicts"], names, text)
     data["metrics"][0].update(label=text(0), unit=text(1))
     data["metrics"].append({"name": text(0), "label": text(9), "unit": text(8), "better": "lower"})
     data["tables"] = [

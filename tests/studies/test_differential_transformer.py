@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torchstone.lab.progress import Quiet
-from torchstone.lab.runner import Runnable
+from torchstone.lab.runnable import Runnable
 from torchstone.recipe.load import load_recipe
 from torchstone.report.write import load
 from torchstone.studies.differential_transformer import DifferentialTransformer

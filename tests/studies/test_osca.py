@@ -8,7 +8,7 @@ import pytest
 
 from torchstone.data.published import SOURCES, notice, published
 from torchstone.errors import DataError
-from torchstone.lab.runner import Runnable
+from torchstone.lab.runnable import Runnable
 from torchstone.report.result import Result
 from torchstone.studies import _osca
 from torchstone.studies.osca import MIXED, PURE, QUESTIONS, Osca

@@ -65,7 +65,7 @@ class Comparison(TrainingStudy):
             arm=arm,
             baseline=BASELINE,
             direction="less" if lower else "greater",
-            margin=-self.margin if lower else self.margin,
+            margin=0.0 - self.margin if lower else self.margin,
             assumed_sd=ASSUMED_SD.get(metric.name),
         )
 

@@ -134,9 +134,10 @@ def _arm(arm: ArmRecord, result: Result) -> str:
         lines.append(f"  - {code(change.path)}: {before} → {after}")
     if arm.match is not None:
         match = arm.match
-        free = f"{code(match.free)} {code(shown_value(match.before))} → {code(shown_value(match.after))}"
+        free = f" through {code(match.free)} {code(shown_value(match.before))} → {code(shown_value(match.after))}"
+        how = free if match.after is not None else ", as it is"
         residual = numbers.percent(match.residual, 2)
-        lines.append(f"  - matched on {QUANTITIES[match.on]} through {free}, residual {residual}")
+        lines.append(f"  - matched on {QUANTITIES[match.on]}{how}, residual {residual}")
     if arm.learning_rate is not None:
         policy = POLICIES[arm.learning_rate_policy]
         lines.append(f"  - learning rate {arm.learning_rate:g}" + (f", {policy}" if policy else ""))

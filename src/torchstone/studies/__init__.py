@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torchstone.lab.runner import Runnable
+    from torchstone.lab.runnable import Runnable
 
 
 class _Studies(ModuleType):
@@ -19,7 +19,7 @@ class _Studies(ModuleType):
 
     def __getitem__(self, slug: str) -> Runnable:
         from torchstone.lab.catalogue import study
-        from torchstone.lab.runner import Runnable
+        from torchstone.lab.runnable import Runnable
 
         return Runnable(study(slug))
 

@@ -72,10 +72,13 @@ def _match(match: Match | None) -> Child:
     if match is None:
         return None
     residual = numbers.typeset(numbers.percent(match.residual, 2))
+    if match.after is None:
+        how: list[Child] = [f"{QUANTITIES[match.on]}, as it is"]
+    else:
+        change = f" {shown_value(match.before)} → {shown_value(match.after)}"
+        how = [f"{QUANTITIES[match.on]} through ", element("code", match.free), change]
     return [
-        f"{QUANTITIES[match.on]} through ",
-        element("code", match.free),
-        f" {shown_value(match.before)} → {shown_value(match.after)}",
+        *how,
         element("small", f"residual {residual} (tolerance {100 * match.tolerance:g} %)"),
     ]
 
