@@ -216,6 +216,7 @@ _RECORDS = (
             "src/torchstone/nn/attention/differential.py", "src/torchstone/nn/attention/differential_v1.py",
             "src/torchstone/nn/attention/differential_v2.py",
             "src/torchstone/nn/attention/adaptive_temperature.py", "src/torchstone/data/synthetic/recall.py",
+            "src/torchstone/diagnose/attention_mass.py", "src/torchstone/evals/ar_loss.py",
         ),
         study="torchstone.studies.differential_transformer:DifferentialTransformer",
         status="done",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from coin import Coin
+from coin import Coin, options
 
 from torchstone.errors import StudyError
 from torchstone.lab.progress import Quiet
-from torchstone.lab.runner import RunOptions, run_study
+from torchstone.lab.runner import run_study
 
 
 @pytest.fixture
@@ -17,10 +17,6 @@ def coin(monkeypatch):
     study = Coin()
     monkeypatch.setattr("torchstone.lab.worker.from_reference", lambda reference: study)
     return study
-
-
-def options(path, **changes):
-    return RunOptions(**{"on": "inline", "out": path, **changes})
 
 
 def test_f28_a_cell_of_another_configuration_is_refused(coin, tmp_path):

@@ -7,11 +7,11 @@ import threading
 import time
 
 import pytest
-from coin import Coin
+from coin import Coin, options
 
 from torchstone.errors import DataError, InterruptedRun, StudyError, TorchstoneError
 from torchstone.lab.progress import Lines, Quiet
-from torchstone.lab.runner import RunOptions, StudyRun, run_study
+from torchstone.lab.runner import StudyRun, run_study
 from torchstone.lab.study import Arm, Claim, Measurement
 
 
@@ -20,10 +20,6 @@ def coin(monkeypatch):
     study = Coin()
     monkeypatch.setattr("torchstone.lab.worker.from_reference", lambda reference: study)
     return study
-
-
-def options(path, **changes):
-    return RunOptions(**{"on": "inline", "out": path, **changes})
 
 
 def test_a_study_runs_every_cell_once_and_leaves_three_files(coin, tmp_path):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
+from torchstone.lab.runner import RunOptions
 from torchstone.lab.study import Arm, Cell, Claim, Measurement, Scale, Study
 from torchstone.report.result import Metric
 
@@ -38,3 +42,8 @@ class Coin(Study):
         own = ((cell.seed * 104729) % 7) / 100 if cell.arm.name == "b" else 0.0
         shift = cell.arm.settings.get("shift", 0.0)
         return Measurement({"loss": cell.prepared["unit"] + noise + own - shift}, tokens=10)
+
+
+def options(path: Path, **changes: Any) -> RunOptions:
+    """Run in this process, into `path`."""
+    return RunOptions(**{"on": "inline", "out": path, **changes})
