@@ -112,6 +112,8 @@ def test_the_command(tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["verdicts"][0]["n"] == 2
     again = subprocess.run(arguments, capture_output=True, text=True)
     assert "4 of them finished before" in again.stderr
+    idle = subprocess.run([*arguments, "--max-seeds", "9"], capture_output=True, text=True)
+    assert (idle.returncode, "--until-decided" in idle.stderr) == (2, True)
     wrong = subprocess.run([*arguments, "--match", "size"], capture_output=True, text=True)
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr

@@ -113,6 +113,9 @@ def _noise_floor(theirs: dict[str, str]) -> float:
     With one token the softmax is constant, and gradients of queries, keys and λ are 0 in exact arithmetic: what the
     file holds for them is the rounding noise of its own order of summation, and a share of it means nothing.
     """
+    lengths = {_tensor(name).shape[1] for label, name in theirs.items() if _tensor(name).dim() == 3}
+    if lengths != {1}:
+        return 0.0
     return 0.1 * GRADIENT_TOLERANCE * max(float(np.abs(VECTORS[name]).max()) for name in theirs.values())
 
 

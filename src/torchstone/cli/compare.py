@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from torchstone.cli.options import MOST_SEEDS, Jobs, MaxSeeds, On, Out, UntilDecided
+from torchstone.cli.options import Jobs, MaxSeeds, On, Out, UntilDecided, most_seeds
 from torchstone.errors import ConfigError
 
 Arms = Annotated[list[str] | None, typer.Option("--arm", help="[NAME:]key=value[,key=value…]; repeat for more arms.")]
@@ -29,7 +29,7 @@ def compare(
     arm: Arms = None,
     seeds: Annotated[int, typer.Option(help="Paired seeds.")] = 3,
     until_decided: UntilDecided = False,
-    max_seeds: MaxSeeds = MOST_SEEDS,
+    max_seeds: MaxSeeds = None,
     match: Match = "params",
     free: Free = "feedforward",
     tolerance: Tolerance = 0.005,
@@ -58,7 +58,7 @@ def compare(
         load_recipe(recipe, overrides or []),
         arm or [],
         seeds=seeds,
-        max_seeds=max_seeds if until_decided else None,
+        max_seeds=most_seeds(until_decided, max_seeds),
         match=Matching(match, free, tolerance) if match in ("params", "flops") else match,  # type: ignore[arg-type]
         out=out,
         tune_seeds=tune_seeds if tune else 0,

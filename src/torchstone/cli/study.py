@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from torchstone.cli.options import MOST_SEEDS, Jobs, MaxSeeds, On, Out, UntilDecided
+from torchstone.cli.options import Jobs, MaxSeeds, On, Out, UntilDecided, most_seeds
 
 study = typer.Typer(no_args_is_help=True, help="Studies: published claims that one command tests again.")
 
@@ -48,7 +48,7 @@ def run(
     scale: Annotated[str, typer.Option(help="smoke (seconds), toy (minutes on a laptop) or gpu.")] = "toy",
     seeds: Annotated[int | None, typer.Option(help="Paired seeds; default: the scale's.")] = None,
     until_decided: UntilDecided = False,
-    max_seeds: MaxSeeds = MOST_SEEDS,
+    max_seeds: MaxSeeds = None,
     on: On = "local",
     jobs: Jobs = None,
     out: Out = None,
@@ -58,6 +58,6 @@ def run(
     from torchstone.lab.runner import RunOptions, run_study
     from torchstone.report.terminal import print_verdicts
 
-    options = RunOptions(scale, seeds, out, on, jobs, max_seeds if until_decided else None)
+    options = RunOptions(scale, seeds, out, on, jobs, most_seeds(until_decided, max_seeds))
     finished = run_study(find(slug), options)
     print_verdicts(finished.result, finished.directory)

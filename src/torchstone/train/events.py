@@ -113,8 +113,12 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def read_history(directory: Path) -> tuple[dict[str, dict[str, list[Any]]], tuple[str, ...]]:
+def read_history(directory: Path, last: int | None = None) -> tuple[dict[str, dict[str, list[Any]]], tuple[str, ...]]:
     """Curves by kind from `metrics.jsonl`, and warnings for lines that are damaged.
+
+    Args:
+        directory: of the run.
+        last: step after which records are left out: a killed run may have recorded more than it later kept.
 
     Returns:
         kind → {steps, tokens, flops, seconds, loss, and every other metric that all records of the kind have}.
@@ -124,7 +128,8 @@ def read_history(directory: Path) -> tuple[dict[str, dict[str, list[Any]]], tupl
     warnings = list(reading.warnings)
     for record in reading.records:
         if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int):
-            by_kind.setdefault(record["kind"], {})[record["step"]] = record
+            if last is None or record["step"] <= last:
+                by_kind.setdefault(record["kind"], {})[record["step"]] = record
         else:
             warnings.append(f"{directory / METRICS}: a record without kind or step, ignored")
     return {kind: _columns(records) for kind, records in by_kind.items()}, tuple(warnings)

@@ -248,7 +248,7 @@ def _finished(recipe: Recipe, directory: Path) -> RunSummary | None:
 
 
 def _summary(directory: Path, record: RunRecord, counted: Mapping[str, Any]) -> RunSummary:
-    history, warnings = read_history(directory)
+    history, warnings = read_history(directory, counted["steps"])
     for warning in warnings:
         print(f"warning: {safe_text(warning)}", file=sys.stderr, flush=True)
     validation, losses = history["validation"], history["train"]["loss"]
