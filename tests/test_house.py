@@ -27,16 +27,16 @@ DONE = sorted(slug for slug, method in METHODS.items() if method.done)
 
 LONGEST_FILE, LONGEST_FUNCTION, MOST_PARAMETERS, MOST_PUBLIC_NAMES = 500, 60, 12, 40
 
-# Lower floors know nothing of higher ones; packages in one line may use each other. `report` is below `lab`, which
-# writes reports.
+# Lower floors know nothing of higher ones; packages in one line may use each other. `report` is below what
+# writes reports: `diagnose` and `lab`.
 FLOORS = (
     {"errors", "kinds", "methods", "version"},
     {"recipe", "stats", "storage"},
     {"nn"},
     {"models", "objectives", "optim", "data"},
     {"train"},
-    {"llm", "evals", "diagnose"},
     {"report"},
+    {"llm", "evals", "diagnose"},
     {"lab"},
     {"studies"},
     {"cli", "__main__"},
