@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from coin import Coin
 
 from torchstone.errors import StudyError
 from torchstone.lab.record import Outcome
-from torchstone.lab.study import Claim, Measurement
+from torchstone.lab.study import ZERO, Arm, Claim, Measurement
 from torchstone.lab.verdict import Design, effect_before, judge
 
 CLAIM = Claim(id="c", sentence="x is lower", metric="loss", arm="x", baseline="base")
@@ -123,6 +124,49 @@ def test_items_are_clustered():
     claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline="base", unit="items")
     found = verdict(outcomes, Design.of(1, None), claim)
     assert (found.status, found.n, found.unit_of_n) == ("holds", 60, "items")
+
+
+def test_a_claim_against_zero_judges_the_arms_own_number():
+    claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline=ZERO, direction="greater", margin=0.1)
+    outcomes = {("x", seed): Outcome("f", Measurement({"loss": 0.5 + 0.01 * seed})) for seed in range(3)}
+    found = verdict(outcomes, Design.of(3, None), claim)
+    assert (found.status, found.baseline, [pair.baseline for pair in found.pairs]) == ("holds", "zero", [0.0] * 3)
+    assert found.effect == pytest.approx(0.51)
+    low = verdict(
+        {key: Outcome("f", Measurement({"loss": -1.0 - 0.01 * key[1]})) for key in outcomes}, Design.of(3, None), claim
+    )
+    assert low.status == "fails"
+
+
+def test_a_claim_against_zero_over_items():
+    items = {str(i): 0.2 + 0.001 * (i % 7) for i in range(40)}
+    claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline=ZERO, direction="greater", unit="items")
+    outcomes = {("x", seed): Outcome("f", Measurement({"loss": 0.2}, {"loss": items})) for seed in range(2)}
+    found = verdict(outcomes, Design.of(2, None), claim)
+    assert (found.status, found.n) == ("holds", 40)
+
+
+def test_a_missing_arm_leaves_a_claim_against_zero_open():
+    claim = Claim(id="c", sentence="", metric="loss", arm="x", baseline=ZERO)
+    found = verdict({("x", 0): Outcome("f", Measurement({"loss": -1.0}))}, Design.of(2, None), claim)
+    assert (
+        found.status == "inconclusive"
+        and found.reason == "1 cells failed, so the claim stays open: x seed 1 is missing"
+    )
+
+
+@pytest.mark.parametrize(
+    ("contrast", "names", "message"), [("log ratio", "ab", "no ratio"), ("difference", "z", "zero")]
+)
+def test_zero_is_no_arm_and_has_no_ratio(contrast, names, message):
+    class Own(Coin):
+        claims = (Claim("c", "", "loss", "b", ZERO, contrast),)
+
+        def arms(self, scale):
+            return [Arm("a", "baseline"), Arm("b"), *([Arm(ZERO)] if names == "z" else [])]
+
+    with pytest.raises(StudyError, match=message):
+        Own().check(Own.scales["toy"])
 
 
 def test_effect_before_needs_an_assumed_spread():

@@ -96,8 +96,8 @@ class TextSource:
         self.vocab_size = tokenizer.vocab_size
         self.fingerprint = fingerprint_of([shards.fingerprint, length, mask_documents])
         self.windows = _windows(shards.train, length)
-        self._held_out = _windows(shards.validation, length)
-        for shard, count in ((shards.train, self.windows), (shards.validation, self._held_out)):
+        self.held_out = _windows(shards.validation, length)
+        for shard, count in ((shards.train, self.windows), (shards.validation, self.held_out)):
             if count == 0:
                 raise DataError(
                     f"the {shard.name} split has {len(shard.tokens)} tokens, too few for one sequence of "
@@ -122,13 +122,13 @@ class TextSource:
         Raises:
             DataError: the held-out text has fewer windows.
         """
-        if sequences > self._held_out:
+        if sequences > self.held_out:
             raise DataError(
-                f"the held-out text has {self._held_out} sequences of {self.length} tokens, but "
-                f"{sequences} are asked for; set evaluation.sequences to at most {self._held_out}, shorten "
+                f"the held-out text has {self.held_out} sequences of {self.length} tokens, but "
+                f"{sequences} are asked for; set evaluation.sequences to at most {self.held_out}, shorten "
                 "data.length, or raise data.validation_fraction."
             )
-        chosen = np.arange(sequences) * self._held_out // sequences
+        chosen = np.arange(sequences) * self.held_out // sequences
         for start in range(0, sequences, size):
             numbers = np.arange(start, min(start + size, sequences))
             yield self._batch(self.shards.validation, chosen[numbers], numbers)

@@ -21,6 +21,8 @@ from typing import Any, ClassVar, Literal
 from torchstone.errors import StudyError
 from torchstone.report.result import ArmRecord, Figure, Metric, PaperFigure, Series, Table
 
+ZERO = "zero"  # baseline of a claim about an arm's own number: it is contrasted with 0
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -30,7 +32,8 @@ class Claim:
         id: short identifier, unique in the study.
         sentence: the claim in plain words.
         metric: name of the metric that decides.
-        arm, baseline: names of the two arms that are contrasted.
+        arm, baseline: names of the two arms that are contrasted. The baseline `ZERO` contrasts the arm's own number with 0
+            (a slope, a correlation, a difference that the metric itself takes).
         contrast: `difference` (arm - baseline) or `log ratio` (ln arm/baseline).
         direction: `less` if the claim is that the contrast lies below the margin, else `greater`.
         margin: the smallest effect worth claiming, in the contrast's unit, signed.
@@ -201,9 +204,15 @@ class Study(ABC):
             raise StudyError(f"arm names must differ; given: {', '.join(names)}. Name arms with NAME:key=value.")
         if self.baseline not in names:
             raise StudyError(f"baseline {self.baseline!r} is not among the arms: {', '.join(names)}.")
+        if ZERO in names:
+            raise StudyError(f"no arm may be called {ZERO!r}: claims use that name for the constant 0.")
         metrics = {metric.name for metric in self.metrics}
         for claim in self.claims:
-            missing = {claim.arm, claim.baseline} - set(names)
+            if claim.baseline == ZERO and claim.contrast != "difference":
+                raise StudyError(
+                    f"claim {claim.id!r} contrasts with 0, which has no ratio; use the contrast 'difference'."
+                )
+            missing = {claim.arm, claim.baseline} - {*names, ZERO}
             if missing or claim.metric not in metrics:
                 raise StudyError(
                     f"claim {claim.id!r} speaks of {', '.join(sorted(missing)) or claim.metric}, which this study does "

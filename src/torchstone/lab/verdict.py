@@ -17,7 +17,7 @@ import numpy as np
 
 from torchstone.errors import StudyError
 from torchstone.lab.record import Outcome
-from torchstone.lab.study import Claim, Measurement, Study
+from torchstone.lab.study import ZERO, Claim, Measurement, Study
 from torchstone.report.result import Interval, Pair, Verdict
 from torchstone.stats.bootstrap import clustered_estimate
 from torchstone.stats.contrasts import Contrasts, paired_items, paired_seeds
@@ -104,13 +104,17 @@ def _verdict(
     history: tuple[dict, ...],
 ) -> Verdict:
     seeds = range(design.looks[look])
-    arm, baseline = _cells(claim.arm, outcomes, seeds), _cells(claim.baseline, outcomes, seeds)
+    arm = _cells(claim.arm, outcomes, seeds)
+    sides = {claim.arm: arm}
+    if claim.baseline != ZERO:
+        sides[claim.baseline] = _cells(claim.baseline, outcomes, seeds)
+    baseline = sides.get(claim.baseline, {seed: _zeros(found) for seed, found in arm.items()})
     common = [seed for seed in seeds if seed in arm and seed in baseline]
     failures = [
         f"{name} seed {seed}: {outcomes[name, seed].error}"
         if (name, seed) in outcomes
         else f"{name} seed {seed} is missing"
-        for name, found in ((claim.arm, arm), (claim.baseline, baseline))
+        for name, found in sides.items()
         for seed in seeds
         if seed not in found
     ]
@@ -161,6 +165,12 @@ def _verdict(
 def _cells(arm: str, outcomes: Mapping[tuple[str, int], Outcome], seeds: range) -> dict[int, Measurement]:
     found = {seed: outcomes[arm, seed].measurement for seed in seeds if (arm, seed) in outcomes}
     return {seed: measurement for seed, measurement in found.items() if measurement is not None}
+
+
+def _zeros(measurement: Measurement) -> Measurement:
+    """The constant 0 in the shape of a measurement."""
+    items = {metric: dict.fromkeys(values, 0.0) for metric, values in measurement.items.items()}
+    return Measurement(dict.fromkeys(measurement.metrics, 0.0), items)
 
 
 def _contrasts(claim: Claim, arm: Mapping[int, Measurement], baseline: Mapping[int, Measurement]) -> Contrasts:
