@@ -1,7 +1,7 @@
 """The house rules that a machine can check: the homes of every method, floors, sizes, light imports, public
 names.
 
-`methods.py` is walked: a method that is marked done has its parts, study, fidelity test, vectors' names, page
+`methods` is walked: a method that is marked done has its parts, study, fidelity test, vectors' names, page
 and results.
 """
 

@@ -14,8 +14,14 @@ KINDS: dict[str, dict[str, str]] = {
         "differential": "torchstone.nn.attention.differential:DifferentialConfig",
     },
     "position": {
+        "alibi": "torchstone.nn.position.alibi:ALiBiConfig",
+        "fire": "torchstone.nn.position.fire:FIREConfig",
+        "kerple": "torchstone.nn.position.kerple:KerpleConfig",
         "none": "torchstone.nn.position.none:NoPositionConfig",
         "rotary": "torchstone.nn.position.rotary:RotaryConfig",
+    },
+    "score_processor": {
+        "dape": "torchstone.nn.attention.dape:DAPEConfig",
     },
     "feedforward": {
         "swiglu": "torchstone.nn.feedforward.swiglu:SwiGLUConfig",
@@ -24,12 +30,20 @@ KINDS: dict[str, dict[str, str]] = {
         "rmsnorm": "torchstone.nn.norm.rmsnorm:RMSNormConfig",
     },
     "head": {
+        "factored": "torchstone.nn.heads.factored:FactoredHeadConfig",
         "linear": "torchstone.nn.heads.linear:LinearHeadConfig",
+        "mixture-of-softmaxes": "torchstone.nn.heads.mixture:MixtureOfSoftmaxesConfig",
     },
     "initialisation": {
         "normal": "torchstone.nn.initialisation:NormalConfig",
     },
     "data": {
+        "addition": "torchstone.data.synthetic.addition:AdditionConfig",
+        "bigram": "torchstone.data.synthetic.bigram:BigramConfig",
+        "gap-recall": "torchstone.data.synthetic.gap_recall:GapRecallConfig",
+        "key-match": "torchstone.data.synthetic.key_match:KeyMatchConfig",
+        "mixture": "torchstone.data.mixture:MixtureConfig",
+        "previous-copy": "torchstone.data.synthetic.previous_copy:PreviousCopyConfig",
         "recall": "torchstone.data.synthetic.recall:RecallConfig",
         "text": "torchstone.data.text:TextConfig",
     },

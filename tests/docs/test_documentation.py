@@ -30,10 +30,12 @@ def test_examples_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     module(ROOT / "examples" / "allocate_budget.py").main()
     module(ROOT / "examples" / "train_and_generate.py").main(tmp_path, steps=2)
+    module(ROOT / "examples" / "diagnose.py").main(tmp_path / "diagnose", steps=2)
     module(ROOT / "examples" / "compare.py").main(tmp_path, seeds=1, steps=2)
     printed = capsys.readouterr().out
     assert "inconclusive diff-v2 has a lower validation loss than the baseline." in printed
     assert (tmp_path / "comparison" / "report.html").exists()
+    assert (tmp_path / "diagnose" / "rope-usage" / "report.html").exists()
 
 
 PAGES = ["README.md", "CONTRIBUTING.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]

@@ -13,6 +13,7 @@ import time
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from snapshots import assert_same, files_of, make_snapshot, write_manifest
 
 from torchstone.errors import CheckpointError
@@ -158,6 +159,16 @@ def test_f22_sparse_file_with_a_huge_header(tmp_path):
     os.truncate(path, 2**40)
     with pytest.raises(CheckpointError, match="header of"):
         check_header(path)
+
+
+@pytest.mark.parametrize("length", [0x80, 0x380, 0x4B50])
+def test_a_header_whose_length_reads_like_a_pickle_is_accepted(tmp_path, length):
+    """128 is the first byte of a pickle, and 0x4B50 the `PK` of a zip: both are lengths that a good file may have."""
+    path = tmp_path / MODEL
+    header = json.dumps({"a": entry()}).encode().ljust(length)
+    path.write_bytes(struct.pack("<Q", length) + header + D)
+    check_header(path)
+    assert load_file(path)["a"].shape == (4,)
 
 
 def test_f22_header_of_a_hundred_thousand_entries(store):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchstone.data.batch import IGNORE, Batch
+from torchstone.nn.heads.linear import LinearHead
 from torchstone.objectives.next_token import (
     CHUNK_LOGITS,
     LEAST_TOKENS,
@@ -134,7 +135,7 @@ class Tied(nn.Module):
         super().__init__()
         self.embed = nn.Embedding(VOCAB, WIDTH)
         nn.init.normal_(self.embed.weight, generator=torch.Generator().manual_seed(3))
-        self.head = SimpleNamespace(weight_vd=self.embed.weight)
+        self.head = LinearHead(WIDTH, self.embed, tied=True)
 
     def forward(self, tokens_bt, span):
         return SimpleNamespace(hidden_btd=self.embed(tokens_bt))

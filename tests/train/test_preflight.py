@@ -45,17 +45,6 @@ def test_ranks_need_memory_for_their_share_only(monkeypatch):
     assert asked == [1024]
 
 
-def test_a_control_group_bounds_the_memory(tmp_path, monkeypatch):
-    whole = preflight.device_memory(CPU)
-    assert whole > 1e8
-    limit = tmp_path / "memory.max"
-    monkeypatch.setattr(preflight, "CONTROL_GROUP", limit)
-    limit.write_text("12345678\n")
-    assert preflight.device_memory(CPU) == 12345678
-    limit.write_text("max\n")
-    assert preflight.device_memory(CPU) >= whole
-
-
 def test_a_disk_without_room_for_the_checkpoints_is_refused(tmp_path, monkeypatch):
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr("torchstone.train.checkpoint.shutil.disk_usage", lambda path: usage)

@@ -33,6 +33,8 @@ VERBS = {
     "study": "List, show or run the studies: published claims that one command tests again.",
     "train": "Train one recipe, with exact resume.",
     "generate": "Write text with a trained run.",
+    "diagnose": "Look inside a model: frequencies, heads, ranks, gradients, next to a control.",
+    "eval": "Measure a model: length extrapolation.",
     "report": "Write a result's HTML and Markdown report again, or print its verdicts.",
     "allocate": "Split a sampling budget over configurations (OSCA).",
     "recipe": "Show or check a recipe; list the kinds of parts that a recipe may use.",

@@ -37,12 +37,13 @@ def show(file: RecipeFile, overrides: Overrides = None) -> None:
 
 @recipe.command("check")
 def check(file: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a recipe without training: every key, every kind, and that the model can be built."""
+    """Check a recipe without training: every key, every kind, that the model can be built, and its decay."""
     from torchstone.recipe.load import load_recipe
-    from torchstone.train.budget import counts_of
+    from torchstone.train.budget import counts_of, groups_of
 
     loaded = load_recipe(file, overrides or [])
     parameters = counts_of(loaded).parameters
+    groups_of(loaded)  # every parameter has its decay
     typer.echo(f"{file} is a valid recipe: {loaded.model.kind}, {human(parameters)} parameters, {_budget(loaded)}.")
 
 
@@ -78,9 +79,14 @@ def kinds(
 
 def cost(loaded: Recipe) -> dict[str, str]:
     """Size, memory and total cost of a recipe as text, by name."""
-    from torchstone.train.budget import counts_of, steps_of, tokens_per_step
+    from torchstone.train.budget import counts_of, groups_of, steps_of, tokens_per_step
 
     counts, steps = counts_of(loaded), steps_of(loaded)
+    decay = {
+        f"optimizer group {group['group']}": f"weight decay {group['weight_decay']:g} on {group['parameters']:,} values "
+        f"(tensors: {len(group['names'])})"
+        for group in groups_of(loaded)
+    }
     tokens = steps * tokens_per_step(loaded)
     return {
         "parameters": f"{counts.parameters:,} ({counts.non_embedding:,} without embeddings)",
@@ -88,6 +94,7 @@ def cost(loaded: Recipe) -> dict[str, str]:
         "training FLOPs per token": human(counts.training_flops_per_token),
         "KV cache per token": f"{counts.kv_cache_bytes_per_token:,.0f} bytes in bf16",
         "memory for training": _memory(loaded, counts),
+        **decay,
         "steps": f"{steps:,}",
         "tokens": f"{tokens:,} ({tokens / max(counts.non_embedding, 1):.3g} per non-embedding parameter)",
         "training FLOPs": human(counts.training_flops_per_token * tokens),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from torchstone.train.loop import Callback
     from torchstone.train.run import RunSummary
 
 
@@ -30,6 +31,14 @@ def train(
             "--allow", help="Section whose change since the start is accepted: optimizer or data. Repeatable."
         ),
     ] = None,
+    watch: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--watch",
+            help="Analysis whose numbers join the validation record: anisotropy, attention-rank, "
+            "head-spectrum, positional-heads or rope-usage. Takes at most 1 % of the time. Repeatable.",
+        ),
+    ] = None,
 ) -> None:
     """Train one recipe, with exact resume: the same command continues an interrupted run.
 
@@ -43,9 +52,16 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     directory = out or Path("runs") / f"train-{recipe_fingerprint(loaded)[:10]}"
-    summary = run(loaded, directory, resume=not no_resume, fallback=fallback, allow=allow or [])
+    callbacks = _watching(watch) if watch else []
+    summary = run(loaded, directory, resume=not no_resume, fallback=fallback, allow=allow or [], callbacks=callbacks)
     if os.environ.get("RANK", "0") == "0":
         _print(summary)
+
+
+def _watching(analyses: list[str]) -> list[Callback]:
+    from torchstone.diagnose.watch import Watch
+
+    return [Watch(analyses)]
 
 
 def _print(summary: RunSummary) -> None:

@@ -168,6 +168,11 @@ class Subject(ABC):
     width: int
     max_length: int | None
 
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens that training showed at once, where the model says so."""
+        return self.max_length
+
     @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens; raises ConfigError where there is no tokenizer."""

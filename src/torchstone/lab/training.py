@@ -43,6 +43,7 @@ class Variant:
         role: `baseline`, `arm` or `control`.
         note: one line for the reader.
         matched: False leaves the arm as large as the overrides make it.
+        on: what this arm is matched in; None: what the study's matching says.
         against: the arm that this one changes and is matched to; empty: the study's baseline.
         stream: arms of different streams share no seed: what two equal arms differ by is then chance alone (A/A tests).
     """
@@ -52,6 +53,7 @@ class Variant:
     role: str = "arm"
     note: str = ""
     matched: bool = True
+    on: matching.On | None = None
     against: str = ""
     stream: int = 0
 
@@ -136,9 +138,8 @@ class TrainingStudy(Study):
             recipe = self._at_rate(load_recipe(origin, variant.overrides), variant.name)
             record: Match | None = None
             if self.matching is not None and variant.matched and not first:
-                recipe, record = matching.match(
-                    origin, recipe, self.matching.on, self.matching.free, self.matching.tolerance
-                )
+                on = variant.on or self.matching.on
+                recipe, record = matching.match(origin, recipe, on, self.matching.free, self.matching.tolerance)
             recipes[variant.name] = recipe
             arms.append(_arm(variant, origin, recipe, record))
         return arms

@@ -110,14 +110,7 @@ def _verdict(
         sides[claim.baseline] = _cells(claim.baseline, outcomes, seeds)
     baseline = sides.get(claim.baseline, {seed: _zeros(found) for seed, found in arm.items()})
     common = [seed for seed in seeds if seed in arm and seed in baseline]
-    failures = [
-        f"{name} seed {seed}: {outcomes[name, seed].error}"
-        if (name, seed) in outcomes
-        else f"{name} seed {seed} is missing"
-        for name, found in sides.items()
-        for seed in seeds
-        if seed not in found
-    ]
+    failures = _failures(sides, outcomes, seeds)
     shared: dict[str, Any] = {
         "claim": claim.id,
         "sentence": claim.sentence,
@@ -165,6 +158,20 @@ def _verdict(
 def _cells(arm: str, outcomes: Mapping[tuple[str, int], Outcome], seeds: range) -> dict[int, Measurement]:
     found = {seed: outcomes[arm, seed].measurement for seed in seeds if (arm, seed) in outcomes}
     return {seed: measurement for seed, measurement in found.items() if measurement is not None}
+
+
+def _failures(
+    sides: Mapping[str, Mapping[int, Measurement]], outcomes: Mapping[tuple[str, int], Outcome], seeds: range
+) -> list[str]:
+    """What is wrong with every cell that gave no measurement."""
+    return [
+        f"{name} seed {seed}: {outcomes[name, seed].error}"
+        if (name, seed) in outcomes
+        else f"{name} seed {seed} is missing"
+        for name, found in sides.items()
+        for seed in seeds
+        if seed not in found
+    ]
 
 
 def _zeros(measurement: Measurement) -> Measurement:

@@ -25,6 +25,7 @@ from torch import nn
 
 from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder
+from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.recipe.part import Part
 
 Precision = Literal["fp32", "bf16"]
@@ -42,6 +43,7 @@ class Counts:
         kv_cache_bytes_per_token: decoding state of a sequence of `length` tokens in bf16, divided by `length` (a
             sliding window stores less than one entry per token).
         activation_values_per_token: values that a training step keeps per token for the backward pass (estimate).
+        score_values_per_token: the same for scores that a processor reads, which are kept in fp32; grows with `length`.
         vocab_size, width, length: the sizes used.
     """
 
@@ -51,6 +53,7 @@ class Counts:
     training_flops_per_token: float
     kv_cache_bytes_per_token: float
     activation_values_per_token: int
+    score_values_per_token: int
     vocab_size: int
     width: int
     length: int
@@ -76,6 +79,7 @@ def count(model_config: Part, vocab_size: int, length: int) -> Counts:
         training_flops_per_token=3 * forward,
         kv_cache_bytes_per_token=state.nbytes() / length,
         activation_values_per_token=activation_values(model),
+        score_values_per_token=score_values(model, length),
         vocab_size=vocab_size,
         width=model.config.width,
         length=length,
@@ -90,6 +94,11 @@ def activation_values(model: Decoder) -> int:
     """
     layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
     return sum(layer.in_features + layer.out_features for layer in layers)
+
+
+def score_values(model: Decoder, length: int) -> int:
+    """fp32 values that score processors keep per token for the backward pass, at `length` tokens."""
+    return sum(module.kept_values(length) for module in model.modules() if isinstance(module, ScoreProcessor))
 
 
 @dataclass(frozen=True)
@@ -138,6 +147,7 @@ def memory_estimate(
         parameters=4 * counts.parameters,
         gradients=4 * counts.parameters,
         optimizer=4 * OPTIMIZER_VALUES[optimizer] * counts.parameters,
-        activations=BYTES[precision] * counts.activation_values_per_token * tokens,
+        activations=(BYTES[precision] * counts.activation_values_per_token + 4 * counts.score_values_per_token)
+        * tokens,
         logits=2 * 4 * counts.vocab_size * kept,  # logits and their gradient
     )

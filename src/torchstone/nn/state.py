@@ -4,7 +4,8 @@ Shapes: b batch · g key heads · s slots · d head width · t new tokens.
 
 `KVCache` is the state of attention. Memory is allocated once. With a sliding window it is a ring of `window` slots:
 token i lives in slot i mod window, so a long generation needs constant memory. Keys are stored after rotation, with
-the index of each key recomputed from its slot, because attention does not care about the order of its keys.
+the index of each key recomputed from its slot, because attention does not care about the order of its keys; what does
+care (a score processor that reads neighbouring scores) asks for them `in_order`.
 
 Pitfalls: a state is changed in place by every call; copy it (`copy.deepcopy`) to branch. What it stores is detached,
 so no gradient flows through a pass with a state.
@@ -51,7 +52,7 @@ class Keys(NamedTuple):
     """Keys and values that the new queries may see: old and new ones together.
 
     `index_s` holds the place of each key in the sequence, `segments_bs` its segment (None: all alike).
-    `offset` is the place of the first new query.
+    `offset` is the place of the first new query. `ordered` tells whether `index_s` increases.
     """
 
     k_bgsd: Tensor
@@ -59,6 +60,15 @@ class Keys(NamedTuple):
     index_s: Tensor
     segments_bs: Tensor | None
     offset: int
+    ordered: bool = True
+
+    def in_order(self) -> Keys:
+        """The same keys by increasing index, for what reads neighbouring keys."""
+        if self.ordered:
+            return self
+        order = self.index_s.argsort()
+        segments_bs = None if self.segments_bs is None else self.segments_bs[:, order]
+        return Keys(self.k_bgsd[:, :, order], self.v_bgse[:, :, order], self.index_s[order], segments_bs, self.offset)
 
 
 class KVCache:
@@ -148,7 +158,7 @@ class KVCache:
             self.segments_bs[:, slot : slot + 1] = segments_bt
         slots = torch.arange(self.size, device=k_bgtd.device)
         index_s = self.length - (self.length - slots) % self.size
-        return Keys(self.k_bgsd, self.v_bgse, index_s, self.segments_bs, self.length)
+        return Keys(self.k_bgsd, self.v_bgse, index_s, self.segments_bs, self.length, ordered=False)
 
     def _roll(self, k_bgtd: Tensor, v_bgte: Tensor, segments_bt: Tensor | None) -> Keys:
         """New tokens into a full ring.

@@ -7,6 +7,9 @@ small model's step. Here each chunk's logits are made, reduced to losses and to 
 backward pass only scales what the forward pass left (the gradient of a sum of losses with respect to the logits is
 softmax − one-hot, whatever comes later, up to a factor).
 
+Any head works (`torchstone.nn.heads.base`): W multiplies the head's features instead of h, a soft cap multiplies the
+gradient by its slope, and a mixture has its own function in `mixture_cross_entropy`.
+
 Shapes: n tokens (batch and time flattened) · c tokens of a chunk · d width · v vocabulary.
 
 Pitfall: the matrix products run in autocast's type, losses, sums and softmax in fp32.
@@ -14,7 +17,7 @@ Pitfall: the matrix products run in autocast's type, losses, sums and softmax in
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -24,7 +27,9 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from torchstone.data.batch import IGNORE, Batch
+from torchstone.nn.heads.base import Features, Head, capped, logits_of
 from torchstone.nn.span import Span
+from torchstone.objectives.mixture_cross_entropy import MixtureCrossEntropy
 from torchstone.recipe.part import Part
 
 # On CPUs 4 MB of fp32 stay in a core's cache; the number for GPUs is not tuned yet.
@@ -60,7 +65,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int, dtype: torch.dtype
+        ctx: Any,
+        hidden_nd: Tensor,
+        weight_vd: Tensor,
+        targets_n: Tensor,
+        chunk: int,
+        dtype: torch.dtype,
+        soft_cap: float | None,
     ) -> tuple[Tensor, Tensor]:
         cast_nd, cast_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
         # Results are written in place: what outlives a chunk must not lie between the large blocks that chunks free.
@@ -71,10 +82,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             hidden_cd, targets_c = cast_nd[rows], targets_n[rows]
             valid_c, index_c1 = targets_c != IGNORE, targets_c.clamp(min=0).unsqueeze(1)
-            log_p_cv = F.linear(hidden_cd, cast_vd).float().log_softmax(-1)
+            logits_cv, slope_cv = _bounded(F.linear(hidden_cd, cast_vd).float(), soft_cap)
+            log_p_cv = logits_cv.log_softmax(-1)
+            del logits_cv  # frees a chunk of memory before the gradient needs it
             losses_n[rows] = torch.where(valid_c, -log_p_cv.gather(1, index_c1).squeeze(1), 0.0)
             minus_one_c1 = torch.full_like(index_c1, -1, dtype=torch.float32)
-            grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(valid_c.unsqueeze(1)).to(dtype)
+            grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(valid_c.unsqueeze(1))
+            grad_cv = (grad_cv if slope_cv is None else grad_cv.mul_(slope_cv)).to(dtype)
             grad_hidden_nd[rows] = grad_cv @ cast_vd
             if dtype == torch.float32:
                 grad_weight_vd.addmm_(grad_cv.t(), hidden_cd)
@@ -85,10 +99,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return losses_n.sum(), losses_n
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_hidden_nd, grad_weight_vd = ctx.saved_tensors
         hidden_scale, weight_scale = grad_sum.to(grad_hidden_nd.dtype), grad_sum.to(grad_weight_vd.dtype)
-        return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None
+        return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None, None
+
+
+def _bounded(logits_cv: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Logits under the cap, and the cap's slope there."""
+    if soft_cap is None:
+        return logits_cv, None
+    logits_cv = capped(logits_cv, soft_cap)
+    return logits_cv, 1 - (logits_cv / soft_cap).square()
 
 
 def chunk_size(weight_vd: Tensor) -> int:
@@ -96,12 +118,16 @@ def chunk_size(weight_vd: Tensor) -> int:
     return max(LEAST_TOKENS, CHUNK_LOGITS.get(weight_vd.device.type, CHUNK_LOGITS["cpu"]) // weight_vd.shape[0])
 
 
+Untraced = Mapping[type[torch.autograd.Function], Callable[..., tuple[Tensor, Tensor]]]
+
+
 def chunked_cross_entropy(
     hidden_nd: Tensor,
     weight_vd: Tensor,
     targets_n: Tensor,
     chunk: int | None = None,
-    untraced: Callable[..., tuple[Tensor, Tensor]] | None = None,
+    untraced: Untraced | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies and each token's own, of logits `hidden @ weightᵀ`.
 
@@ -111,30 +137,70 @@ def chunked_cross_entropy(
         targets_n: int64 token ids; IGNORE (-100) where there is no target.
         chunk: tokens at a time; None takes `chunk_size`.
         untraced: used in place of the traced function where there are many chunks, see `NextToken.before_compile`.
+        soft_cap: bound of the logits, or None.
 
     Returns:
         the sum (differentiable, fp32) and losses [n] (detached, fp32; 0 where there is no target).
     """
-    device = hidden_nd.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
     size = chunk or chunk_size(weight_vd)
-    many = -(-hidden_nd.shape[0] // size) > MOST_COMPILED_CHUNKS
-    apply = untraced if many and untraced is not None else _ChunkedCrossEntropy.apply
-    return apply(hidden_nd, weight_vd, targets_n, size, dtype)
+    apply = _function(_ChunkedCrossEntropy, -(-hidden_nd.shape[0] // size), untraced)
+    return apply(hidden_nd, weight_vd, targets_n, size, _product_type(hidden_nd), soft_cap)
+
+
+def head_cross_entropy(
+    head: Head, hidden_nd: Tensor, targets_n: Tensor, chunk: int | None = None, untraced: Untraced | None = None
+) -> tuple[Tensor, Tensor]:
+    """The same for any head: `hidden_nd` are the states that the head takes, `chunk` counts tokens."""
+    states, log_prior_nk = head.features(hidden_nd)
+    if log_prior_nk is None:
+        return chunked_cross_entropy(states, head.weight_vd, targets_n, chunk, untraced, head.soft_cap)
+    size = chunk or max(1, chunk_size(head.weight_vd) // log_prior_nk.shape[1])
+    apply = _function(MixtureCrossEntropy, -(-hidden_nd.shape[0] // size), untraced)
+    return apply(states, log_prior_nk, head.weight_vd, targets_n, size, _product_type(hidden_nd))
+
+
+def _function(
+    function: type[torch.autograd.Function], chunks: int, untraced: Untraced | None
+) -> Callable[..., tuple[Tensor, Tensor]]:
+    return function.apply if untraced is None or chunks <= MOST_COMPILED_CHUNKS else untraced[function]
+
+
+def _product_type(hidden_nd: Tensor) -> torch.dtype:
+    """The type of matrix products: autocast's, where it is on."""
+    device = hidden_nd.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_nd.dtype
 
 
 @torch.no_grad()
 def chunked_scores(
-    hidden_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, chunk: int | None = None
+    hidden_nd: Tensor,
+    weight_vd: Tensor,
+    targets_n: Tensor,
+    chunk: int | None = None,
+    log_prior_nk: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses [n] and whether each target is the most likely token [n]; arguments as in `chunked_cross_entropy`."""
-    size = chunk or chunk_size(weight_vd)
+    """Losses [n] and whether each target is the most likely token [n]; arguments as in `chunked_cross_entropy`.
+
+    With `log_prior_nk`, the first argument is [n, k, d]: a mixture.
+    """
+    components = 1 if log_prior_nk is None else log_prior_nk.shape[1]
+    size = chunk or max(1, chunk_size(weight_vd) // components)
     losses, correct = [], []
-    for hidden_cd, targets_c in zip(hidden_nd.split(size), targets_n.split(size), strict=True):
-        logits_cv = F.linear(hidden_cd, weight_vd).float()
+    for start in range(0, hidden_nd.shape[0], size):
+        rows = slice(start, start + size)
+        features = Features(hidden_nd[rows], None if log_prior_nk is None else log_prior_nk[rows])
+        logits_cv, targets_c = logits_of(features, weight_vd, soft_cap).float(), targets_n[rows]
         losses.append(F.cross_entropy(logits_cv, targets_c, ignore_index=IGNORE, reduction="none"))
         correct.append(logits_cv.argmax(-1) == targets_c)
     return torch.cat(losses), torch.cat(correct)
+
+
+@torch.no_grad()
+def head_scores(head: Head, hidden_nd: Tensor, targets_n: Tensor, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    """`chunked_scores` for any head."""
+    states, log_prior_nk = head.features(hidden_nd)
+    return chunked_scores(states, head.weight_vd, targets_n, chunk, log_prior_nk, head.soft_cap)
 
 
 class NextToken(nn.Module):
@@ -143,11 +209,12 @@ class NextToken(nn.Module):
     def __init__(self, chunk: int | None = None) -> None:
         super().__init__()
         self.chunk = chunk
-        self._untraced: Callable[..., tuple[Tensor, Tensor]] | None = None
+        self._untraced: Untraced | None = None
 
     def before_compile(self) -> None:
         """Keep a loss of many chunks out of `torch.compile`, which would unroll them and take minutes."""
-        self._untraced = torch.compiler.disable(_ChunkedCrossEntropy.apply)
+        functions = (_ChunkedCrossEntropy, MixtureCrossEntropy)
+        self._untraced = {function: torch.compiler.disable(function.apply) for function in functions}
 
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of `model` (a decoder) on a batch."""
@@ -155,11 +222,11 @@ class NextToken(nn.Module):
         hidden_btd = model(batch.tokens_bt, span).hidden_btd
         targets_bt = batch.targets_bt
         count = (targets_bt != IGNORE).sum()
-        flat = hidden_btd.flatten(0, 1), model.head.weight_vd, targets_bt.flatten()
+        flat = model.head, hidden_btd.flatten(0, 1), targets_bt.flatten()
         if torch.is_grad_enabled():
-            loss_sum, losses_n = chunked_cross_entropy(*flat, self.chunk, self._untraced)
+            loss_sum, losses_n = head_cross_entropy(*flat, self.chunk, self._untraced)
             return LossOutput(loss_sum, count, losses_n.view(targets_bt.shape))
-        losses_n, correct_n = chunked_scores(*flat, self.chunk)
+        losses_n, correct_n = head_scores(*flat, self.chunk)
         shape = targets_bt.shape
         return LossOutput(losses_n.sum(), count, losses_n.view(shape), correct_n.view(shape))
 

@@ -3,7 +3,7 @@
     m ← β1 m + (1−β1) g;  v ← β2 v + (1−β2) g²;  θ ← θ − η ( m̂ / (√v̂ + ε) + λ θ )
 
 The peak rate η is multiplied by the schedule's factor at every step. `clip` bounds the global gradient norm before the
-update; the trainer applies it.
+update; the trainer applies it. λ may differ by what a matrix does (`optim.weight_decay`).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import nn
 
 from torchstone.optim.groups import parameter_groups
+from torchstone.optim.weight_decay import WeightDecay
 from torchstone.recipe.part import Part
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -28,7 +29,9 @@ class AdamWConfig(Part):
     learning_rate: float = Field(default=1e-3, gt=0, description="peak learning rate")
     betas: tuple[Share, Share] = Field(default=(0.9, 0.95), description="decay of the two moment averages")
     eps: float = Field(default=1e-8, gt=0, description="added to the root of the second moment")
-    weight_decay: float = Field(default=0.1, ge=0, description="decoupled decay of matrices; vectors are not decayed")
+    weight_decay: WeightDecay = Field(
+        default=WeightDecay(), description="decoupled decay of matrices, for all or by role; vectors are not decayed"
+    )
     clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null: no clipping")
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:

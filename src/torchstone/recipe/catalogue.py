@@ -89,16 +89,18 @@ def places(family: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _places(family: str, slot: Slot, path: KeyPath) -> Iterator[KeyPath]:
+def _places(family: str, slot: Slot, path: KeyPath, inside: tuple[Any, ...] = ()) -> Iterator[KeyPath]:
+    """`inside` holds the classes on the way here: a kind that contains its own family (a mixture) is entered once."""
     inner = (slot.item, (*path, 0)) if slot.item is not None else (slot, path)
     if inner[0].family == family:
         yield inner[1]
         return
     choices = [{"kind": kind} for kind in kinds(inner[0].family)] if inner[0].family else [None]
     for cls in (slot_class(inner[0], choice) for choice in choices):
-        for name in cls.model_fields if cls is not None else ():
-            assert cls is not None
-            yield from _places(family, field_slot(cls, name), (*inner[1], name))
+        if cls is None or cls in inside:
+            continue
+        for name in cls.model_fields:
+            yield from _places(family, field_slot(cls, name), (*inner[1], name), (*inside, cls))
 
 
 def render(found: Catalogue) -> str:

@@ -45,7 +45,7 @@ def _models(before: BaseModel, after: BaseModel, prefix: str) -> Iterator[Differ
 
 
 def _values(before: Any, after: Any, path: str) -> Iterator[Difference]:
-    if isinstance(before, BaseModel) and isinstance(after, BaseModel):
+    if _spelled_out(before, after):
         yield from _models(before, after, f"{path}.")
     elif isinstance(before, Mapping) and isinstance(after, Mapping) and before.keys() == after.keys():
         for key in after:
@@ -55,6 +55,12 @@ def _values(before: Any, after: Any, path: str) -> Iterator[Difference]:
             yield from _values(*pair, f"{path}.{index}")
     elif plain(before) != plain(after):
         yield Difference(path, plain(before), plain(after))
+
+
+def _spelled_out(before: Any, after: Any) -> bool:
+    """True for two sections or parts, unless one plain value stands for each."""
+    models = isinstance(before, BaseModel) and isinstance(after, BaseModel)
+    return models and any(isinstance(plain(value), Mapping) for value in (before, after))
 
 
 def _has_parts(items: tuple[Any, ...]) -> bool:

@@ -8,7 +8,8 @@
 
 Values are YAML (`null`, `true`, `3e-4`, `[a, b]`, `{a: 1}`), read by the same strict reader as recipes. A
 value that starts with `*`, `@`, `%` or a backtick, which YAML reserves, is text. Overrides apply from left to
-right. A mapping given for a section or part sets the keys that it names and keeps the rest.
+right. A mapping given for a section or part sets the keys that it names and keeps the rest; a number that stands
+for a section is spelled out first, so that `optimizer.weight_decay.attention_qk=0` leaves the other roles theirs.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ class _Change:
             data = {"kind": data}
         if slot.family is not None and self.path[depth] == "kind" and depth == len(self.path) - 1:
             return self.assign(slot, data, value)
-        present = {} if data is _ABSENT or data is None else data
+        present = _opened(slot, data)
         cls = slot_class(slot, present)
         if cls is None or not isinstance(present, Mapping):
             raise ConfigError(
@@ -124,7 +125,7 @@ class _Change:
         if slot.family is not None and value is not None:
             return self.assign_part(slot.family, data, value)
         if slot.section is not None and isinstance(value, Mapping):
-            present = {} if data is _ABSENT or data is None else data
+            present = _opened(slot, data)
             return _merge(slot.section, present, self.below(slot, present, value, self.path))
         return value
 
@@ -157,6 +158,12 @@ class _Change:
             return plain(parse_part(family, data))
         except ValidationError as error:
             raise config_error(error, Slot(family=family), data) from error
+
+
+def _opened(slot: Slot, data: Any) -> Any:
+    """What stands at a slot as a mapping: empty if nothing does, spelled out where a plain value stands for a section."""
+    present = {} if data is _ABSENT or data is None else data
+    return slot.section.opened(present) if slot.section is not None and issubclass(slot.section, Section) else present
 
 
 def _merge(cls: type[BaseModel], present: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

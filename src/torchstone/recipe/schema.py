@@ -8,7 +8,7 @@ change what is computed and stay out of the fingerprint; see `torchstone.recipe.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,17 @@ from torchstone.recipe.registry import part_field
 
 
 class Section(Strict):
-    """A fixed (not swappable) block of a recipe."""
+    """A fixed (not swappable) block of a recipe.
+
+    Some sections may also be written as one plain value: `plain_form` says which, and `opened` what it stands for.
+    """
+
+    plain_form: ClassVar[str] = ""
+
+    @classmethod
+    def opened(cls, data: Any) -> Any:
+        """The mapping that a plain value stands for; anything else as it is."""
+        return data
 
     @classmethod
     def merge(cls, previous: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -127,7 +127,9 @@ def _words(annotation: Any, metadata: tuple[Any, ...] = ()) -> str:
     if slot.family is not None:
         return f"{slot.family} part{null}"
     if slot.section is not None:
-        return f"mapping with {', '.join(slot.section.model_fields)}{null}"
+        plain_form = getattr(slot.section, "plain_form", "")
+        either = f"{plain_form}, or " if plain_form else ""
+        return f"{either}mapping with {', '.join(slot.section.model_fields)}{null}"
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Annotated:
         return _words(arguments[0], tuple(annotation.__metadata__))

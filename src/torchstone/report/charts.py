@@ -179,8 +179,12 @@ def _line(arm: str, color: int, seeds: Sequence[Series], detail: Detail) -> Char
 
 def figures(result: Result, detail: Detail) -> list[Chart]:
     """The study's own figures as charts; a line named like an arm has the arm's colour."""
-    colors = arm_colors(result)
-    return [_figure(figure, colors, detail) for figure in result.figures]
+    return figure_charts(result.figures, arm_colors(result), detail)
+
+
+def figure_charts(figures: Iterable[Figure], colors: dict[str, int], detail: Detail) -> list[Chart]:
+    """Figures as charts; `colors` says which names have a colour already."""
+    return [_figure(figure, colors, detail) for figure in figures]
 
 
 def _figure(figure: Figure, colors: dict[str, int], detail: Detail) -> Chart:

@@ -93,6 +93,8 @@ def metric_label(name: str, metrics: Iterable[Metric]) -> str:
 
 def contrast_words(verdict: Verdict, metrics: Iterable[Metric]) -> str:
     """What the effect is: "validation loss, differential minus baseline"."""
+    if verdict.baseline == "zero":  # the constant, see `torchstone.lab.study.ZERO`
+        return f"{metric_label(verdict.metric, metrics)}, {verdict.arm}"
     between = "minus" if verdict.contrast == "difference" else "relative to"
     return f"{metric_label(verdict.metric, metrics)}, {verdict.arm} {between} {verdict.baseline}"
 

@@ -1,11 +1,13 @@
-"""How many optimizer updates a budget buys."""
+"""What a recipe comes to before it runs: size and cost, decay of every parameter, optimizer updates that a budget buys."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torchstone.errors import BudgetError
 from torchstone.models.counts import Counts, count
+from torchstone.optim.groups import group_table
 from torchstone.recipe.schema import Recipe
 
 MOST_STEPS = 10**9
@@ -15,6 +17,19 @@ def counts_of(recipe: Recipe) -> Counts:
     """Parameters and FLOPs of a recipe's model on its data's vocabulary and length."""
     vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()
     return count(recipe.model, vocabulary, length)
+
+
+def groups_of(recipe: Recipe) -> list[dict[str, Any]]:
+    """What the recipe's optimizer decays how strongly (see `group_table`); nothing for an optimizer without `weight_decay`.
+
+    Raises:
+        ConfigError: a parameter of the model is in no group or in several.
+    """
+    decay = getattr(recipe.optimizer, "weight_decay", None)
+    if decay is None:
+        return []
+    model: Any = recipe.model
+    return group_table(model.skeleton(recipe.data.vocabulary(), recipe.data.sequence_length()), decay)
 
 
 def tokens_per_step(recipe: Recipe) -> int:

@@ -112,15 +112,16 @@ def check_header(path: Path) -> None:
     """Bound the header of a safetensors file before a library parses it; raises CheckpointError."""
     size = path.stat().st_size
     with open(path, "rb") as file:
-        start = file.read(8)
-        if start[:2] == b"PK" or start[:1] == b"\x80":
+        start, first = file.read(8), file.read(1)
+        # a header's length may begin with the bytes of a pickle; what follows it tells them apart
+        if first != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise CheckpointError(f"{path} looks like a pickle, which can run code when it is read; refused.")
         length = int.from_bytes(start, "little")
         if size < 8 or length > min(LARGEST_HEADER, size - 8):
             raise CheckpointError(
                 f"{path} is no valid safetensors file: a header of {length} bytes in {size} bytes; refused."
             )
-        entries = file.read(length).count(b"{") - 1  # one opens the header, one each tensor
+        entries = (first + file.read(length - 1)).count(b"{") - 1  # one opens the header, one each tensor
     if entries > MOST_TENSORS:
         raise CheckpointError(
             f"{path} is no valid safetensors file: a header of more than {MOST_TENSORS} tensors; refused."

@@ -7,21 +7,17 @@ sinks        dashboards that are asked for are installed
 
 from __future__ import annotations
 
-import os
 from importlib.util import find_spec
-from pathlib import Path
-
-import torch
 
 from torchstone.errors import ConfigError, DependencyError
 from torchstone.models.counts import OPTIMIZER_VALUES, Counts, Precision, memory_estimate
+from torchstone.nn.memory import device_bytes
 from torchstone.objectives.next_token import LEAST_TOKENS
 from torchstone.recipe.schema import Recipe
 from torchstone.train.checkpoint import CheckpointStore
 from torchstone.train.distributed import World
 
 PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}
-CONTROL_GROUP = Path("/sys/fs/cgroup/memory.max")
 
 
 def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointStore) -> None:
@@ -37,7 +33,7 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
                 f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks."
             )
     start, stop = world.rows(recipe.batch.sequences)
-    check_memory(recipe, counts, min(recipe.batch.micro or stop - start, stop - start), device_memory(world.device))
+    check_memory(recipe, counts, min(recipe.batch.micro or stop - start, stop - start), device_bytes(world.device))
     if world.leads:
         values = 1 + OPTIMIZER_VALUES.get(recipe.optimizer.kind, 2)
         store.check_space(4 * values * counts.parameters)
@@ -57,14 +53,3 @@ def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int) -> N
             f"{(needed.parameters + needed.gradients + needed.optimizer) / 1e9:.3g}), and there are "
             f"{available / 1e9:.3g} GB; set batch.micro lower, or make the model smaller."
         )
-
-
-def device_memory(device: torch.device) -> int:
-    """Bytes of memory of the GPU, or of this machine (of its control group, where that is less)."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[1]
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(total, int(CONTROL_GROUP.read_text()))
-    except (OSError, ValueError):
-        return total

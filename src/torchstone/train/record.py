@@ -4,6 +4,7 @@ id            names the run for dashboards
 fingerprint   of the recipe, the code and the data at the start
 data          fingerprint of the data now
 environment   what bitwise equality depends on (`training_environment`), at the start
+groups        what the optimizer decays how strongly, by name (`optim.groups.group_table`); empty where it says no decay
 compute       precision and compilation, chosen once; `measured`: the times that led to it
 resumes       one entry per resume: changes of the recipe, of the environment, and taints
 """
@@ -23,12 +24,13 @@ from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.recipe.yaml import dump_yaml
 from torchstone.storage.atomic import atomic_write
+from torchstone.train.budget import groups_of
 from torchstone.train.distributed import World
 from torchstone.train.precision import Choice, Compute
 from torchstone.train.resume import Changes, check_changes, training_environment
 
 RECORD, RECIPE = "run.json", "recipe.yaml"
-KEYS = {"id", "fingerprint", "data", "environment", "compute", "measured", "resumes"}
+KEYS = {"id", "fingerprint", "data", "environment", "groups", "compute", "measured", "resumes"}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class RunRecord:
     fingerprint: str
     data: str
     environment: dict[str, Any]
+    groups: list[dict[str, Any]]
     compute: dict[str, Any]
     measured: dict[str, Any]
     resumes: list[dict[str, Any]]
@@ -81,6 +84,7 @@ def start_run(directory: Path, recipe: Recipe, data: str, world: World, choose: 
             fingerprint=fingerprint(recipe, data=data),
             data=data,
             environment=training_environment(world),
+            groups=groups_of(recipe),
             compute=choice.compute.data(),
             measured=choice.measured,
             resumes=[],
@@ -108,7 +112,10 @@ def continue_run(
     )
     world.barrier()  # every rank has read before the leading one writes
     if world.leads:
-        after = RunRecord(**{**asdict(before), "data": data, "resumes": [*before.resumes, asdict(changes)]})
+        groups = groups_of(recipe)
+        after = RunRecord(
+            **{**asdict(before), "data": data, "groups": groups, "resumes": [*before.resumes, asdict(changes)]}
+        )
         _write(directory, recipe, after)
     world.barrier()
     return read_record(directory), changes

@@ -19,6 +19,7 @@ from torchstone.errors import ConfigError
 from torchstone.nn.attention.differential_v1 import DifferentialV1, Pairing, scheduled_lambda
 from torchstone.nn.attention.differential_v2 import DifferentialV2
 from torchstone.nn.attention.heads import resolve_heads
+from torchstone.nn.attention.mixer import build_scores
 from torchstone.nn.context import BuildContext
 from torchstone.recipe.part import Part
 from torchstone.recipe.registry import part_field
@@ -51,6 +52,9 @@ class DifferentialConfig(Part):
     kv_pairing: Pairing = Field(default="flash", description="v1 with grouped KV heads: which keys a map reads")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="must be 0: two maps have no common dropout mask")
     position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
+    score_processor: part_field("score_processor") | None = Field(  # type: ignore[valid-type]
+        default=None, description="what changes the scores of all maps before the softmax; null: nothing"
+    )
 
     @classmethod
     def inherit(cls, previous: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,15 +91,15 @@ class DifferentialConfig(Part):
         unit = 2 if self.version == "v1" else 1
         heads, kv_heads = self._counts(unit)
         resolved = resolve_heads(f"differential {self.version}", context, heads, kv_heads, self.head_dim, unit)
-        position = self.position.build(resolved.dim)
+        position, processor = build_scores(self, context, resolved.dim, resolved.query, 2 * resolved.query)
         if self.version == "v1":
             scheduled = self.lambda_init == "schedule"
             lambda_init = scheduled_lambda(context.layer) if scheduled else float(self.lambda_init)
             return DifferentialV1(
-                context.width, resolved, position, lambda_init, self.head_norm, self.kv_pairing, self.window
+                context.width, resolved, position, lambda_init, self.head_norm, self.kv_pairing, self.window, processor
             )
         self._refuse_v1_settings()
-        return DifferentialV2(context.width, resolved, position, self.window)
+        return DifferentialV2(context.width, resolved, position, self.window, processor)
 
     def _counts(self, unit: int) -> tuple[int | None, int | None]:
         """Heads and KV heads, from those given or from those replaced."""

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from torchstone.nn.attention.core import Difference
 from torchstone.nn.attention.heads import Heads, check_groups
 from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.norm.rmsnorm import RMSNorm
 from torchstone.nn.position.base import Position
 from torchstone.nn.project import project
@@ -53,11 +54,12 @@ class DifferentialV1(AttentionMixer):
     Args:
         width: channels of the residual stream.
         heads: differential heads, KV heads, channels of one sub-head.
-        position: rotates every sub-head.
+        position: rotates every sub-head, or adds a bias to both maps of a head alike.
         lambda_init: the constant λ_init.
         head_norm: False leaves out the RMSNorm and keeps everything else, the factor 1 − λ_init included.
         kv_pairing: which key sub-head a query sub-head reads; see the pitfalls.
         window: sliding window in tokens, for both maps.
+        score_processor: changes the scores of all maps before the softmax.
     """
 
     def __init__(
@@ -69,9 +71,11 @@ class DifferentialV1(AttentionMixer):
         head_norm: bool = True,
         kv_pairing: Pairing = "flash",
         window: int | None = None,
+        score_processor: ScoreProcessor | None = None,
     ) -> None:
         check_groups("differential v1", heads)
-        super().__init__(2 * heads.query, heads.query, (2 * heads.kv, heads.dim), (heads.kv, 2 * heads.dim), window)
+        key_shape, value_shape = (2 * heads.kv, heads.dim), (heads.kv, 2 * heads.dim)
+        super().__init__(2 * heads.query, heads.query, key_shape, value_shape, position, score_processor, window)
         self.head_dim, self.kv_pairing, self.lambda_init = heads.dim, kv_pairing, lambda_init
         self.w_q = nn.Linear(width, 2 * heads.query * heads.dim, bias=False)
         self.w_k = nn.Linear(width, 2 * heads.kv * heads.dim, bias=False)
@@ -82,7 +86,6 @@ class DifferentialV1(AttentionMixer):
         self.lambda_q2 = nn.Parameter(torch.zeros(heads.dim, dtype=torch.float32))
         self.lambda_k2 = nn.Parameter(torch.zeros(heads.dim, dtype=torch.float32))
         self.norm = RMSNorm(2 * heads.dim, eps=1e-5) if head_norm else None
-        self.position = position
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""

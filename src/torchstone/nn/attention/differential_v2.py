@@ -22,8 +22,10 @@ from torchstone.errors import ConfigError
 from torchstone.nn.attention.core import Difference
 from torchstone.nn.attention.heads import Heads
 from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.position.base import Position
 from torchstone.nn.project import project
+from torchstone.nn.roles import Roles
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
 
@@ -34,16 +36,24 @@ class DifferentialV2(AttentionMixer):
     Args:
         width: channels of the residual stream.
         heads: differential heads h, KV heads, channels of a head.
-        position: rotates queries and keys.
+        position: rotates queries and keys, or adds a bias to both maps of a head alike.
         window: sliding window in tokens, for both maps.
+        score_processor: changes the scores of all maps before the softmax.
 
     Raises:
         ConfigError: 2h / KV heads is odd.
     """
 
-    def __init__(self, width: int, heads: Heads, position: Position, window: int | None = None) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: Heads,
+        position: Position,
+        window: int | None = None,
+        score_processor: ScoreProcessor | None = None,
+    ) -> None:
         kv_shape = (heads.kv, heads.dim)
-        super().__init__(2 * heads.query, heads.query, kv_shape, kv_shape, window)
+        super().__init__(2 * heads.query, heads.query, kv_shape, kv_shape, position, score_processor, window)
         if heads.query % heads.kv:
             raise ConfigError(
                 f"differential v2 with {heads.query} heads and {heads.kv} kv_heads has {2 * heads.query} query heads, "
@@ -56,7 +66,6 @@ class DifferentialV2(AttentionMixer):
         self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
         self.w_lambda = nn.Linear(width, heads.query, bias=False)
         self.w_o = nn.Linear(heads.query * heads.dim, width, bias=False)
-        self.position = position
         self.mean_lambda: Tensor | None = None
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
@@ -78,6 +87,10 @@ class DifferentialV2(AttentionMixer):
     def diagnostics(self) -> dict[str, float]:
         """Mean λ over the tokens and heads of the last forward pass; nothing before the first."""
         return {} if self.mean_lambda is None else {"lambda": float(self.mean_lambda)}
+
+    def parameter_roles(self) -> Roles:
+        """W_λ belongs to neither product."""
+        return super().parameter_roles() | {"w_lambda.weight": "other"}
 
     def residual_parameters(self) -> tuple[str, ...]:
         """Weights that write into the residual stream."""

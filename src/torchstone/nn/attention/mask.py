@@ -13,7 +13,9 @@ device; here such rows are 0, always (`empty_b1t1`).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,16 +39,35 @@ class Mask:
     allowed_b1ts: Tensor | None
     empty_b1t1: Tensor | None
     causal: bool
-    _additive: dict[torch.dtype, Tensor] = field(default_factory=dict)
+    _made: dict[Hashable, Any] = field(default_factory=dict)
 
     def additive(self, dtype: torch.dtype) -> Tensor | None:
         """0 where allowed and -inf elsewhere, made once per dtype; the form that kernels want."""
         if self.allowed_b1ts is None:
             return None
-        if dtype not in self._additive:
-            zeros = torch.zeros(self.allowed_b1ts.shape, dtype=dtype, device=self.allowed_b1ts.device)
-            self._additive[dtype] = zeros.masked_fill(~self.allowed_b1ts, -torch.inf)
-        return self._additive[dtype]
+        allowed_b1ts = self.allowed_b1ts
+
+        def make() -> Tensor:
+            zeros = torch.zeros(allowed_b1ts.shape, dtype=dtype, device=allowed_b1ts.device)
+            return zeros.masked_fill(~allowed_b1ts, -torch.inf)
+
+        made: Tensor = self.once(dtype, make)
+        return made
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """A form of this mask that a kernel wants, made once."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def biased(self, bias_buts: Tensor) -> Tensor:
+        """The bias where a key is allowed and -inf elsewhere."""
+        if self.allowed_b1ts is not None:
+            return bias_buts.masked_fill(~self.allowed_b1ts, -torch.inf)
+        if not self.causal:
+            return bias_buts
+        later = torch.ones(bias_buts.shape[-2:], dtype=torch.bool, device=bias_buts.device).triu(1)
+        return bias_buts.masked_fill(later, -torch.inf)
 
     def clear_empty(self, out_bhtd: Tensor) -> Tensor:
         """Zeros for the rows that see nothing."""
@@ -97,7 +118,7 @@ def step_mask(span: Span, keys: Keys, queries: int, window: int | None) -> Mask:
         pattern = _causal(query_t, keys.index_s)
         return _combine(pattern, query_t, keys.index_s, window, new_bt, keys.segments_bs, True)
 
-    return span.once(("step mask", keys.offset, keys.index_s.shape[0], queries, window), make)
+    return span.once(("step mask", keys.offset, keys.index_s.shape[0], queries, window, keys.ordered), make)
 
 
 def _of_new(keys: Keys, queries: int) -> Tensor:

@@ -5,14 +5,40 @@ Shapes: b batch · u query sub-heads · h heads · g key heads · t queries · s
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from torchstone.nn.attention.bias import parallel_bias, step_bias
 from torchstone.nn.attention.core import Difference, attend
 from torchstone.nn.attention.mask import parallel_mask, step_mask
 from torchstone.nn.attention.observe import Observable
+from torchstone.nn.attention.score_processor import ScoreProcessor
+from torchstone.nn.context import BuildContext
+from torchstone.nn.position.base import Position, PositionContext
+from torchstone.nn.roles import Role, Roles
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
+from torchstone.recipe.part import Part
+
+
+def build_scores(
+    config: Part, context: BuildContext, head_dim: int, heads: int, maps: int
+) -> tuple[Position, ScoreProcessor | None]:
+    """Position and score processor of a mixer's configuration.
+
+    Args:
+        config: has `position` and `score_processor`.
+        context: of the model.
+        head_dim: channels of one query-key (sub-)head.
+        heads, maps: heads, each with a bias of its own, and softmax maps, all of which a processor sees.
+    """
+    chosen: Any = config
+    processed = chosen.score_processor is not None
+    position = chosen.position.build(PositionContext(head_dim, heads, context.length, processed))
+    processor = chosen.score_processor.build(maps, position.biased) if processed else None
+    return position, processor
 
 
 class AttentionMixer(Observable):
@@ -21,6 +47,8 @@ class AttentionMixer(Observable):
     Args:
         maps, heads: softmax maps per token, and heads that read values with (combinations of) them.
         key_shape, value_shape: (heads, channels) of keys and of values, as the state stores them.
+        position: turns queries and keys, or adds a bias to their scores.
+        score_processor: stands between scores and softmax; None for plain scores.
         window: sliding window in tokens, the current one included; None sees everything before.
         dropout: probability of dropping a map entry in training, drawn from torch's default generator.
     """
@@ -31,6 +59,8 @@ class AttentionMixer(Observable):
         heads: int,
         key_shape: tuple[int, int],
         value_shape: tuple[int, int],
+        position: Position,
+        score_processor: ScoreProcessor | None = None,
         window: int | None = None,
         dropout: float = 0.0,
     ) -> None:
@@ -38,23 +68,32 @@ class AttentionMixer(Observable):
         self.maps, self.heads, self.key_shape, self.value_shape = maps, heads, key_shape, value_shape
         self.window, self.dropout = window, dropout
         self.scale = key_shape[1] ** -0.5
+        self.position, self.score_processor = position, score_processor
 
     def new_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> KVCache:
         """An empty cache for `capacity` tokens a row (a sliding window stores at most `window`)."""
         return KVCache(batch, capacity, self.key_shape, self.value_shape, self.window, device, dtype)
 
     def flops(self, length: int) -> float:
-        """Forward FLOPs per token: all projections, the scores of every map and the values of every head, in full.
+        """Forward FLOPs per token: projections, scores of every map, their processor, values of every head, in full.
 
         Causal and windowed kernels skip part of the maps; the count does not, as torch's own counter does not. Fused
-        kernels that cannot combine maps read the values once per map, which the count leaves out.
+        kernels that cannot combine maps read the values once per map, which the count leaves out. Biases of positions
+        are made once for all rows and count as nothing.
         """
-        projections = sum(2 * weight.numel() for weight in self.parameters() if weight.dim() == 2)
-        return projections + 2 * length * (self.maps * self.key_shape[1] + self.heads * self.value_shape[1])
+        projections = sum(2 * layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        processing = 0.0 if self.score_processor is None else self.score_processor.flops(length)
+        maps = 2 * length * (self.maps * self.key_shape[1] + self.heads * self.value_shape[1])
+        return projections + maps + processing
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers worth logging; plain attention has none."""
         return {}
+
+    def parameter_roles(self) -> Roles:
+        """Queries and keys meet in one product, values and outputs in another."""
+        products: dict[str, Role] = {"q": "attention_qk", "k": "attention_qk", "v": "attention_vo", "o": "attention_vo"}
+        return {f"w_{letter}.weight": role for letter, role in products.items()}
 
     def _attend(
         self,
@@ -70,10 +109,14 @@ class AttentionMixer(Observable):
         length = q_butd.shape[2]
         if state is None:
             mask = parallel_mask(span, length, self.window, q_butd.device)
+            bias = parallel_bias(self.position, span, length, q_butd.device)
         else:
             keys = state.extend(k_bgsd, v_bgse, span.segments())
+            if self.score_processor is not None and self.score_processor.reach > 0:
+                keys = keys.in_order()
             k_bgsd, v_bgse = keys.k_bgsd.to(q_butd.dtype), keys.v_bgse.to(q_butd.dtype)
             mask = step_mask(span, keys, length, self.window)
+            bias = step_bias(self.position, span, keys, length, self.window)
         out_bhte = attend(
             q_butd,
             k_bgsd,
@@ -83,5 +126,7 @@ class AttentionMixer(Observable):
             difference=difference,
             dropout=self.dropout if self.training else 0.0,
             observation=self.observation,
+            bias=bias,
+            processor=self.score_processor,
         )
         return out_bhte.transpose(1, 2)

@@ -17,7 +17,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from torchstone.nn.attention.heads import Heads, check_groups, resolve_heads
-from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.attention.mixer import AttentionMixer, build_scores
+from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.context import BuildContext
 from torchstone.nn.norm.rmsnorm import RMSNorm, rms_norm
 from torchstone.nn.position.base import Position
@@ -40,10 +41,11 @@ class MultiHeadAttention(AttentionMixer):
         qk_norm: bool = False,
         dropout: float = 0.0,
         output_norm: bool = False,
+        score_processor: ScoreProcessor | None = None,
     ) -> None:
         check_groups("attention", heads)
         kv_shape = (heads.kv, heads.dim)
-        super().__init__(heads.query, heads.query, kv_shape, kv_shape, window, dropout)
+        super().__init__(heads.query, heads.query, kv_shape, kv_shape, position, score_processor, window, dropout)
         self.w_q = nn.Linear(width, heads.query * heads.dim, bias=False)
         self.w_k = nn.Linear(width, heads.kv * heads.dim, bias=False)
         self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
@@ -51,7 +53,6 @@ class MultiHeadAttention(AttentionMixer):
         self.q_norm = RMSNorm(heads.dim) if qk_norm else None
         self.k_norm = RMSNorm(heads.dim) if qk_norm else None
         self.output_norm = RMSNorm(heads.dim, eps=1e-5) if output_norm else None
-        self.position = position
         self.head_dim = heads.dim
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
@@ -94,11 +95,14 @@ class AttentionConfig(Part):
         description="RMSNorm over the channels of each head's output (a control for differential attention)",
     )
     position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
+    score_processor: part_field("score_processor") | None = Field(  # type: ignore[valid-type]
+        default=None, description="what changes the scores before the softmax; null: nothing"
+    )
 
     def build(self, context: BuildContext) -> MultiHeadAttention:
         """The module; raises ConfigError where head counts and width do not fit."""
         heads = resolve_heads("attention", context, self.heads, self.kv_heads, self.head_dim)
-        position = self.position.build(heads.dim)
+        position, processor = build_scores(self, context, heads.dim, heads.query, heads.query)
         return MultiHeadAttention(
-            context.width, heads, position, self.window, self.qk_norm, self.dropout, self.output_norm
+            context.width, heads, position, self.window, self.qk_norm, self.dropout, self.output_norm, processor
         )

@@ -30,7 +30,8 @@ class Observation:
         q, k: [b, u, t, d] and [b, u, s, d] after normalisation and rotation, key heads repeated. Channels are in the
             order of `Position.arrange`: under rotation, first members of all pairs, then second members.
         v: [b, h, s, e], value heads repeated.
-        scores: [b, u, t, s] in fp32, scaled, before the mask.
+        scores: [b, u, t, s] in fp32, scaled, with the position's bias and whatever a score processor made of both;
+            before the mask.
         maps: [b, u, t, s] in fp32, each a softmax.
         weights: [b, h, t, s], what multiplies the values of each head: `maps` for plain attention, where u = h; the
             signed difference of two maps for differential attention, where u = 2h.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
 from torchstone.nn.project import project
+from torchstone.nn.roles import Roles
 from torchstone.recipe.part import Part
 
 
@@ -37,6 +38,10 @@ class SwiGLU(nn.Module):
     def flops(self) -> float:
         """Forward FLOPs per token of the three products."""
         return sum(2 * weight.numel() for weight in self.parameters())
+
+    def parameter_roles(self) -> Roles:
+        """All three are feed-forward weights."""
+        return {"w_gate.weight": "mlp", "w_up.weight": "mlp", "w_down.weight": "mlp"}
 
     def residual_parameters(self) -> tuple[str, ...]:
         """Weights that write into the residual stream."""

@@ -7,39 +7,28 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
+from torchstone.nn.heads.base import Features, TiedOrOwn
 from torchstone.recipe.part import Part
 
 
-class LinearHead(nn.Module):
-    """Maps hidden states to logits.
+class LinearHead(TiedOrOwn):
+    """One matrix."""
 
-    A tied head owns no parameter: it looks the weight up in the embedding, so that state dicts hold it once.
-    """
+    def __init__(self, width: int, embedding: nn.Embedding, tied: bool, soft_cap: float | None = None) -> None:
+        super().__init__(width, embedding, tied)
+        self.soft_cap = soft_cap
 
-    def __init__(self, width: int, embedding: nn.Embedding, tied: bool) -> None:
-        super().__init__()
-        self.tied = tied
-        self._embedding = (embedding,)  # in a tuple, so that it is no submodule
-        if not tied:
-            self.project = nn.Linear(width, embedding.num_embeddings, bias=False)
+    def features(self, hidden: Tensor) -> Features:
+        """The hidden states themselves."""
+        return Features(hidden)
 
-    @property
-    def weight_vd(self) -> Tensor:
-        """The output matrix [v, d]."""
-        return self._embedding[0].weight if self.tied else self.project.weight
-
-    def logits(self, hidden_btd: Tensor) -> Tensor:
-        """[…, d] → […, v]."""
-        return F.linear(hidden_btd, self.weight_vd)
-
-    def forward(self, hidden_btd: Tensor) -> Tensor:
-        """The same as `logits`."""
-        return self.logits(hidden_btd)
+    def full_matrix(self) -> Tensor | None:
+        """W, or None under a soft cap."""
+        return self.weight_vd if self.soft_cap is None else None
 
     def flops(self) -> float:
         """Forward FLOPs per token."""
@@ -52,7 +41,10 @@ class LinearHeadConfig(Part):
     family: ClassVar[str] = "head"
     kind: Literal["linear"] = "linear"
     tied: bool = Field(default=True, description="true: the output matrix is the token embedding")
+    soft_cap: float | None = Field(
+        default=None, gt=0, description="c of c·tanh(logits / c), which bounds logits; null: none"
+    )
 
     def build(self, context: BuildContext, embedding: nn.Embedding) -> LinearHead:
         """The head; a tied one reads the embedding's weight."""
-        return LinearHead(context.width, embedding, self.tied)
+        return LinearHead(context.width, embedding, self.tied, self.soft_cap)

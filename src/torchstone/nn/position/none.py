@@ -6,7 +6,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from torchstone.nn.position.base import Position
+from torchstone.nn.position.base import Position, PositionContext
 from torchstone.nn.span import Span
 from torchstone.recipe.part import Part
 
@@ -29,6 +29,6 @@ class NoPositionConfig(Part):
     family: ClassVar[str] = "position"
     kind: Literal["none"] = "none"
 
-    def build(self, head_dim: int) -> NoPosition:
-        """The module; `head_dim` does not matter."""
+    def build(self, context: PositionContext) -> NoPosition:
+        """The module; the context does not matter."""
         return NoPosition()

@@ -122,7 +122,9 @@
         }
         tables.push(columns);
       });
-      return { data: uPlot.join(tables), series, bands };
+      const data = uPlot.join(tables);
+      this.points = data[0].length;
+      return { data, series, bands };
     }
 
     options(series, bands) {
@@ -143,11 +145,18 @@
           y: { distr: this.on.log ? 3 : 1, range: (plot, low, high) => this.height(plot, low, high) },
         },
         axes: [
-          { ...line, ...lines, label, values: text, space: 70, size: 30, ...(this.spec.logX && { filter: labelled }) },
+          { ...line, ...lines, label, values: text, space: 70, size: 30, ...this.across(labelled) },
           { ...line, ...lines, label: this.spec.y, values: text, ...(this.on.log && { filter: labelled }), size: (plot, values) => 18 + 7 * Math.max(2, ...(values || []).map((value) => (value || "").length)) },
         ],
         hooks: { setCursor: [(plot) => this.readings(plot)] },
       };
+    }
+
+    // A logarithmic horizontal axis with few points has its grid lines at the points (64, 128, 256 …), else at 1, 2, 5 ….
+    across(labelled) {
+      if (!this.spec.logX) return {};
+      const inSight = (plot) => plot.data[0].filter((value) => value >= plot.scales.x.min && value <= plot.scales.x.max);
+      return this.points <= 12 ? { splits: inSight, filter: (plot, splits) => splits } : { filter: labelled };
     }
 
     // Which grid lines of a logarithmic axis get a label: powers of ten, and 2 and 5 times those where there is room.

@@ -3,8 +3,6 @@ again."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torchstone.report import numbers, words
 from torchstone.report.markup import Markup, element
 from torchstone.report.result import Result
@@ -57,12 +55,6 @@ def _size(result: Result) -> Markup | None:
         ("created", created),
         ("fingerprint", element("code", result.fingerprint[:12])),
     )
-
-
-def navigation(sections: Sequence[tuple[str, str]]) -> Markup:
-    """Links to the sections that exist."""
-    links = [element("li", element("a", name, href=f"#{identifier}")) for identifier, name in sections]
-    return element("nav", element("ul", links), aria_label="Sections", class_="sections")
 
 
 def about(result: Result) -> Markup:

@@ -8,6 +8,7 @@ from torchstone.report import numbers
 from torchstone.report.markup import Child, Markup, element
 from torchstone.report.tables import Grid
 
+TALL = 30  # rows from which a table scrolls in its box
 PATHS = {
     "holds": "M4 8.5 7 11.5 12.5 5",
     "fails": "M4.8 4.8 11.2 11.2M11.2 4.8 4.8 11.2",
@@ -45,16 +46,17 @@ def facts(*pairs: tuple[str, Child], wide: bool = False) -> Markup | None:
     return element("dl", items, class_="facts wide" if wide else "facts") if items else None
 
 
-def grid(table: Grid, label: str, colors: dict[str, int] | None = None) -> Markup:
-    """A table that scrolls inside its own box. With `colors`, the first column holds arm names."""
+def grid(table: Grid, label: str, colors: dict[str, int] | None = None, where: str = "result.json") -> Markup:
+    """A table that scrolls inside its own box. With `colors`, the first column holds arm names; `where` has all rows."""
     heads = [
         element("th", head, scope="col", class_="num" if numeric else None)
         for head, numeric in zip(table.columns, table.numeric, strict=True)
     ]
     rows = [_row(row, table.numeric, colors) for row in table.rows]
     body = element("table", element("thead", element("tr", heads)), element("tbody", rows))
-    cut = element("p", f"{table.cut:,} more rows are in result.json.", class_="note") if table.cut else None
-    box = element("div", body, class_="scroll", role="region", tabindex=0, aria_label=label)
+    cut = element("p", f"{table.cut:,} more rows are in {where}.", class_="note") if table.cut else None
+    tall = " tall" if len(rows) > TALL else ""
+    box = element("div", body, class_=f"scroll{tall}", role="region", tabindex=0, aria_label=label)
     return element("div", box, cut, class_="table")
 
 

@@ -1,0 +1,1 @@
+"""Heads that move to slow rotary dimensions as distance grows, and what happens without them."""

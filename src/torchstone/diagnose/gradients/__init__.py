@@ -1,0 +1,1 @@
+"""Spectra of the gradients of every projection."""

@@ -1,0 +1,1 @@
+"""Ranks and balance of the attention products."""

@@ -1,0 +1,1 @@
+"""What rotary frequencies do in a model: usage, offset heads, exact theory."""

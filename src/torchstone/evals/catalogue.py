@@ -1,0 +1,12 @@
+"""The evaluations that the command line knows, by name. Strings only: listing imports nothing."""
+
+from __future__ import annotations
+
+from torchstone.diagnose.catalogue import Analysis
+
+EVALUATIONS: dict[str, Analysis] = {
+    "extrapolation": Analysis(
+        "torchstone.evals.extrapolation_finding:extrapolation_finding",
+        "Loss on the same last tokens with more and more context.",
+    ),
+}
