@@ -5,13 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from families import tiny_model
 from torch import Tensor
 
+from torchstone.data.tokenizers import ByteTokenizer
+from torchstone.diagnose.adapters import open_subject
+from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError
-from torchstone.evals.extrapolation import Extrapolation, extrapolation, held_out_windows
+from torchstone.evals.extrapolation import Extrapolation, Windows, extrapolation, held_out_windows, text_windows
+from torchstone.evals.extrapolation_finding import default_lengths, extrapolation_finding
 from torchstone.recipe.load import load_recipe
 
-WINDOWS = torch.arange(5 * 65).view(5, 65)
+WINDOWS = Windows(torch.arange(5 * 65).view(5, 65), torch.tensor([0, 0, 1, 1, 2]))
+TOKENS = WINDOWS.tokens_nt
 
 
 class Reader:
@@ -31,23 +37,24 @@ def test_every_length_ends_in_the_same_tokens() -> None:
     assert found.lengths == (8, 32, 64)
     assert [part.shape[1] for part in reader.seen] == [9, 33, 65]
     for part in reader.seen:
-        assert torch.equal(part[:, -9:], WINDOWS[:, -9:])
+        assert torch.equal(part[:, -9:], TOKENS[:, -9:])
     assert found.means == pytest.approx({8: 1 / 8, 32: 1 / 32, 64: 1 / 64})
 
 
 def test_long_windows_are_read_a_few_at_a_time() -> None:
     reader = Reader()
-    extrapolation(reader, torch.zeros(3, 8193, dtype=torch.long), [8192], last=4)
+    extrapolation(reader, Windows(torch.zeros(3, 8193, dtype=torch.long), torch.arange(3)), [8192], last=4)
     assert [tuple(part.shape) for part in reader.seen] == [(1, 8193)] * 3
 
 
-def test_foreign_context_keeps_the_trained_length_and_nothing_before() -> None:
+def test_foreign_context_is_of_another_document_and_keeps_what_is_near() -> None:
     reader = Reader()
-    extrapolation(reader, WINDOWS, [16, 64], last=8, trained=16)
+    extrapolation(reader, WINDOWS, [16, 64], last=8, near=16)
     short, long = reader.seen
-    assert torch.equal(short, WINDOWS[:, -17:])
-    assert torch.equal(long[:, -17:], WINDOWS[:, -17:])
-    assert torch.equal(long[:, :-17], WINDOWS.roll(1, 0)[:, :-17])
+    assert torch.equal(short, TOKENS[:, -17:])
+    assert torch.equal(long[:, -17:], TOKENS[:, -17:])
+    assert torch.equal(long[:, :-17], TOKENS[[2, 2, 4, 4, 0], :-17])  # the next window of another document
+    assert WINDOWS.strangers().tolist() == [2, 2, 4, 4, 0]
 
 
 def test_slope_is_per_doubling_and_paired_by_window() -> None:
@@ -67,11 +74,11 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
         extrapolation(Reader(), WINDOWS, lengths, last=8)
 
 
-def test_one_length_has_no_slope_and_one_window_no_stranger() -> None:
+def test_one_length_has_no_slope_and_one_document_no_stranger() -> None:
     with pytest.raises(ConfigError, match="two lengths"):
         _ = extrapolation(Reader(), WINDOWS, [16], last=8).slopes_n
-    with pytest.raises(ConfigError, match="two windows"):
-        extrapolation(Reader(), WINDOWS[:1], [16], last=8, trained=8)
+    with pytest.raises(DataError, match="two documents"):
+        extrapolation(Reader(), Windows(TOKENS, torch.zeros(5)), [16], last=8, near=8)
 
 
 def test_a_table_of_positions_that_is_too_short_is_explained() -> None:
@@ -84,15 +91,83 @@ def test_a_table_of_positions_that_is_too_short_is_explained() -> None:
 
 def test_windows_are_held_out_text_inside_one_document() -> None:
     data = load_recipe("recipes/tiny.yaml", ["data.tokenizer=bytes", "data.length=64"]).data
-    windows_nt = held_out_windows(data, 256, 8)
-    assert windows_nt.shape == (8, 257)
+    windows = held_out_windows(data, 256, 8)
+    assert windows.tokens_nt.shape == (8, 257)
     source = data.build(None)
-    assert not (windows_nt == source.tokenizer.end_of_document).any()
-    assert torch.equal(windows_nt, held_out_windows(data, 256, 8))
-    held_out = source.shards.validation.read(0, len(source.shards.validation.tokens)).astype(np.uint16).tobytes()
-    assert all(row.numpy().astype(np.uint16).tobytes() in held_out for row in windows_nt)
+    end = source.tokenizer.end_of_document
+    assert not (windows.tokens_nt == end).any()
+    assert torch.equal(windows.tokens_nt, held_out_windows(data, 256, 8).tokens_nt)
+    tokens = source.shards.validation.read(0, len(source.shards.validation.tokens)).astype(np.uint16)
+    whole = tokens.tobytes()
+    for row, document in zip(windows.tokens_nt, windows.documents_n.tolist(), strict=True):
+        at = whole.index(row.numpy().astype(np.uint16).tobytes()) // 2
+        assert int((tokens[:at] == end).sum()) == document
     with pytest.raises(DataError, match="inside one document"):
         held_out_windows(data, 256, 10**6)
+
+
+def bytes_subject(length: int = 32, **block: object) -> Subject:
+    model = load_recipe(
+        {"model": {"width": 16, "depth": 1, "head_dim": 8, **({"block": block} if block else {})}}
+    ).model
+    return open_subject(model.build(257, length, 0), tokenizer=ByteTokenizer())
+
+
+TEXTS = ["".join(chr(97 + (i * i + 7 * n) % 26) for i in range(700)) for n in range(6)]
+
+
+def test_windows_of_texts_come_from_as_many_texts_as_there_are() -> None:
+    windows = text_windows(bytes_subject(), TEXTS, 64, 8)
+    assert windows.documents_n.tolist() == [0, 1, 2, 3, 4, 5, 0, 1]
+    assert bytes(windows.tokens_nt[6].tolist()).decode() == TEXTS[0][65:130]
+    with pytest.raises(DataError, match="8 windows of 701 tokens are asked for, and the 6 texts have 0 .*700 tokens"):
+        text_windows(bytes_subject(), TEXTS, 700, 8)
+
+
+def test_a_finding_has_curve_control_and_intervals() -> None:
+    subject = bytes_subject()
+    found = extrapolation_finding(subject, TEXTS, count=12, last=8)
+    assert [row[0] for row in found.tables[0].rows] == [64, 128]  # trained on 32: 64 at least, 4 times at most
+    own = extrapolation(subject, text_windows(subject, TEXTS, 128, 12), [64, 128], last=8)
+    assert [row[1] for row in found.tables[0].rows] == pytest.approx(list(own.means.values()))
+    assert (
+        "for every doubling" in found.answer and "foreign text" in found.answer and "another document" in found.control
+    )
+
+
+def test_one_length_says_nothing_of_foreign_text() -> None:
+    found = extrapolation_finding(bytes_subject(), TEXTS, lengths=(32,), count=12, last=8)
+    assert found.answer.startswith("With 32 tokens") and "foreign" not in found.answer
+
+
+def test_default_lengths_shrink_to_the_texts_and_to_the_models_table() -> None:
+    found = extrapolation_finding(bytes_subject(length=512), TEXTS, count=6, last=8)
+    assert [row[0] for row in found.tables[0].rows] == [128, 256, 512]
+    assert any("Left out" in note and "1024" in note for note in found.notes)
+    assert default_lengths(131072, None) == (256, 512, 1024, 2048, 4096)
+    assert default_lengths(1024, 1024) == (256, 512, 1024)
+    assert default_lengths(16, None) == (64,)
+
+
+class Letters:
+    """Every letter is a token of a vocabulary of 48."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) % 45 + 3 for letter in text]
+
+    def __len__(self) -> int:
+        return 48
+
+
+def test_hugging_face_models_and_their_tables() -> None:
+    llama = open_subject(tiny_model("Llama"), tokenizer=Letters())
+    found = extrapolation_finding(llama, TEXTS, lengths=(32, 128), count=4, last=8)
+    assert [row[0] for row in found.tables[0].rows] == [32, 128]  # it says 64 of itself: rotary goes beyond
+    gpt2 = open_subject(tiny_model("GPT2"), tokenizer=Letters())
+    with pytest.raises(ConfigError, match="learned table of 64 positions"):
+        extrapolation_finding(gpt2, TEXTS, lengths=(32, 128), count=4, last=8)
+    inside = extrapolation_finding(gpt2, TEXTS, count=4, last=8)
+    assert [row[0] for row in inside.tables[0].rows] == [64]
 
 
 def test_tasks_have_no_longer_windows() -> None:

@@ -43,7 +43,7 @@ def test_smoke_trains_one_model_per_seed(tmp_path) -> None:
     assert made == {"seed-0"}
     assert len({cell.metrics["recall_accuracy"] for cell in finished.result.cells}) == 1
     titles = {table.title for table in finished.result.tables}
-    assert titles == {"The design's rule", "Three explanations", "Heads"}
+    assert titles == {"The rule written beforehand", "Three explanations", "Heads"}
     heads = next(table for table in finished.result.tables if table.title == "Heads")
     assert len(heads.rows) == 8 and len(finished.result.figures[0].lines) == 4
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torchstone.diagnose.subject import Subject
-from torchstone.diagnose.texts import token_rows
-from torchstone.errors import ConfigError
-from torchstone.evals.extrapolation import LAST, Extrapolation, extrapolation
+from torchstone.errors import ConfigError, DataError
+from torchstone.evals.extrapolation import LAST, Extrapolation, Windows, extrapolation, text_windows
 from torchstone.report.finding import Finding
 from torchstone.report.result import Figure, Line, Table
 from torchstone.stats.estimate import Estimate
 
-SHORTEST = 64
+SHORTEST, LONGEST_DEFAULT = 64, 4096
 
 
 def extrapolation_finding(
@@ -30,7 +29,8 @@ def extrapolation_finding(
     Args:
         subject: the model.
         texts: documents; every window lies inside one.
-        lengths: context lengths in tokens; default: a quarter of the trained length to four times it.
+        lengths: context lengths in tokens; default: a quarter of the trained length to four times it, as far as text and model
+            reach, and at most 4096.
         trained: tokens that training showed at once; default: what the model says of itself.
         count: windows.
         last: scored tokens at the end of every window.
@@ -38,57 +38,108 @@ def extrapolation_finding(
 
     Raises:
         ConfigError: a model that does not say how long its context is, without `trained`; lengths that do not fit.
-        DataError: the texts are too short for the longest length.
+        DataError: the texts are too short for the longest length, or are a single document.
     """
     trained = subject.trained_length if trained is None else trained
     if trained is None:
         raise ConfigError(
             f"{subject.name} does not say how many tokens it was trained on at once; give trained (--trained N)."
         )
-    wanted = tuple(sorted(set(lengths or _default_lengths(trained))))
-    windows_nt = token_rows(subject, texts, wanted[-1] + 1, count, beyond_context=True)
-    own = extrapolation(subject, windows_nt, wanted, last=last)
-    foreign = extrapolation(subject, windows_nt, wanted, last=last, trained=min(trained, wanted[0]))
-    untrained = extrapolation(subject.untrained(seed), windows_nt, wanted[:1], last=last)
+    wanted, windows, notes = _windows(subject, texts, lengths, trained, count)
     near = min(trained, wanted[0])
+    own = extrapolation(subject, windows, wanted, last=last)
+    foreign = extrapolation(subject, windows, wanted, last=last, near=near)
+    untrained = extrapolation(subject.untrained(seed), windows, wanted[:1], last=last)
     return Finding(
         analysis="extrapolation",
         title="Loss on the same last tokens with more context",
         question="Does the model predict the same tokens better, or worse, when it sees more of what came before?",
         subject=subject.describe(),
-        answer=_answer(own, foreign, trained, seed),
-        control=f"Foreign context: everything more than {near} tokens back is replaced by another window's text, so the gap to "
+        answer=_answer(own, foreign, trained, near, seed),
+        control=f"Foreign context: everything more than {near} tokens back is replaced by another document's text, so the gap to "
         f"it is what far context is worth. With random weights the same model has {untrained.means[wanted[0]]:.3f} nats.",
         tables=(_table(own, foreign, seed),),
         figures=(_figure(own, foreign, seed),),
         notes=(
-            f"{windows_nt.shape[0]} windows; the last {last} tokens of each are scored at every length. Intervals are "
-            "bootstrapped over windows, which are the same for all lengths.",
+            f"{count} windows of {len(set(windows.documents_n.tolist()))} documents; the last {last} tokens of each are scored "
+            "at every length. Intervals are bootstrapped over windows, which are the same for all lengths.",
             f"Trained length: {trained} tokens.",
+            *notes,
         ),
     )
 
 
-def _default_lengths(trained: int) -> list[int]:
-    return [max(SHORTEST, int(trained * factor)) for factor in (0.25, 0.5, 1, 2, 4)]
+def _windows(
+    subject: Subject, texts: Sequence[str], lengths: tuple[int, ...] | None, trained: int, count: int
+) -> tuple[tuple[int, ...], Windows, tuple[str, ...]]:
+    """Lengths, windows for the longest of them, and what a reader should know of the choice."""
+    limit = _table_of_positions(subject)
+    if lengths is not None:
+        wanted = tuple(sorted(set(lengths)))
+        if limit is not None and wanted and wanted[-1] > limit:
+            raise ConfigError(
+                f"{subject.name} has a learned table of {limit} positions and cannot read {wanted[-1]} tokens; give lengths of "
+                f"at most {limit}."
+            )
+        return wanted, text_windows(subject, texts, max(wanted, default=0), count), ()
+    wanted = default_lengths(trained, limit)
+    left_out: list[int] = []
+    while True:
+        try:
+            windows = text_windows(subject, texts, wanted[-1], count)
+            break
+        except DataError:
+            if len(wanted) == 1:
+                raise
+            left_out.insert(0, wanted[-1])
+            wanted = wanted[:-1]
+    notes = [f"Left out, because the texts are too short for {count} windows: {left_out} tokens."] if left_out else []
+    if wanted[-1] <= trained:
+        notes.append("No length lies beyond the trained one; --lengths asks for others.")
+    return wanted, windows, tuple(notes)
 
 
-def _answer(own: Extrapolation, foreign: Extrapolation, trained: int, seed: int) -> str:
+def default_lengths(trained: int, limit: int | None) -> tuple[int, ...]:
+    """A quarter of the trained length to four times it, within 64 … 4096 and the model's table of positions."""
+    most = min(LONGEST_DEFAULT, limit or LONGEST_DEFAULT)
+    if trained > most:
+        return tuple(most // n for n in (16, 8, 4, 2, 1) if most // n >= SHORTEST)
+    found = {max(SHORTEST, int(trained * factor)) for factor in (0.25, 0.5, 1, 2, 4)}
+    return tuple(sorted(length for length in found if length <= most)) or (most,)
+
+
+def _table_of_positions(subject: Subject) -> int | None:
+    """Longest input of a model whose positions are a learned table; None where positions have no end."""
+    rotates = any(layer.rotation is not None for layer in subject.layers)
+    return None if rotates else subject.max_length
+
+
+def _answer(own: Extrapolation, foreign: Extrapolation, trained: int, near: int, seed: int) -> str:
     longest, inside = own.lengths[-1], [length for length in own.lengths if length <= trained]
-    sentences = []
-    if len(own.lengths) > 1:
-        slope = own.slope(seed)
-        sentences.append(f"Loss changes by {_interval(slope)} nats for every doubling of the context.")
-        rise = own.rise(longest, seed)
-        sentences.append(f"At {longest} tokens it is {_interval(rise)} above that at {own.lengths[0]}.")
-    gain = foreign.means[longest] - own.means[longest]
-    sentences.append(f"Own far context is worth {gain:.3f} nats against foreign text.")
-    if inside and inside[-1] < longest:
-        beyond = own.means[longest] - own.means[inside[-1]]
+    if len(own.lengths) == 1:
+        return (
+            f"With {longest} tokens of context the loss is {own.means[longest]:.3f} nats; one length shows no change."
+        )
+    sentences = [
+        f"Loss changes by {_interval(own.slope(seed))} nats for every doubling of the context, and by "
+        f"{_interval(own.rise(longest, seed=seed))} from {own.lengths[0]} to {longest} tokens."
+    ]
+    if longest > near:
         sentences.append(
-            f"Beyond the trained length the loss {'rises' if beyond > 0 else 'falls'} by {abs(beyond):.3f}."
+            f"Own far context is worth {_interval(foreign.above(own, longest, seed))} nats against foreign text."
+        )
+    if inside and inside[-1] < longest:
+        beyond = own.rise(longest, inside[-1], seed)
+        sentences.append(
+            f"Beyond {inside[-1]} tokens, within the trained length, it {_word(beyond)} ({_interval(beyond)})."
         )
     return " ".join(sentences)
+
+
+def _word(change: Estimate) -> str:
+    if change.low is None or change.high is None or change.low <= 0 <= change.high:
+        return "does not change by more than chance"
+    return "rises" if change.low > 0 else "falls"
 
 
 def _interval(estimate: Estimate) -> str:
@@ -100,17 +151,13 @@ def _interval(estimate: Estimate) -> str:
 def _table(own: Extrapolation, foreign: Extrapolation, seed: int) -> Table:
     rows = []
     for length in own.lengths:
-        found, rise = own.estimate(length, seed), own.rise(length, seed)
+        found, rise = own.estimate(length, seed), own.rise(length, seed=seed)
         rows.append(
             (length, found.effect, found.low, found.high, rise.effect, rise.low, rise.high, foreign.means[length])
         )
     columns = ("context", "loss", "low", "high", "above the shortest", "low", "high", "loss with foreign context")
-    return Table(
-        title="Loss by context length",
-        columns=columns,
-        rows=tuple(rows),
-        note="nats per token; 95 % intervals over windows",
-    )
+    note = "nats per token; 95 % intervals over windows"
+    return Table(title="Loss by context length", columns=columns, rows=tuple(rows), note=note)
 
 
 def _figure(own: Extrapolation, foreign: Extrapolation, seed: int) -> Figure:

@@ -63,13 +63,13 @@ def text_numbers(trained: Trained) -> Probe:
     settings, data = trained.cell.settings, trained.recipe.data
     subject = open_subject(trained.model, device=device_class())
     lengths = [multiple * settings["length"] for multiple in MULTIPLES]
-    windows_nt = held_out_windows(data, lengths[-1], settings["windows"]).to(subject.device)
-    found = extrapolation(subject, windows_nt, lengths, last=LAST)
+    windows = held_out_windows(data, lengths[-1], settings["windows"])
+    found = extrapolation(subject, windows, lengths, last=LAST)
     metrics = {
         f"last_loss_{multiple}x": found.means[length] for multiple, length in zip(MULTIPLES, lengths, strict=True)
     }
     metrics["slope"] = float(found.slopes_n.mean())
-    used, extra = usage_numbers(subject, windows_nt[:BATCH, -settings["length"] :])
+    used, extra = usage_numbers(subject, windows.tokens_nt.to(subject.device)[:BATCH, -settings["length"] :])
     return Probe(metrics | used, extra=extra)
 
 

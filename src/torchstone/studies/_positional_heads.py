@@ -183,6 +183,9 @@ class Bench:
         columns["retrieval"] = self.retrieval()
         single = [self.without([head]) for head in heads]
         chosen = {rule: top(heads, columns[rule], self.settings["top"]) for rule in SCORES}
+        chosen["shift"] = eligible_first(table, chosen_from=top(heads, columns["shift"], len(heads)))[
+            : self.settings["top"]
+        ]
         lowest = top(heads, [-score for score in columns["shift"]], self.settings["top"])
         rises = {
             "mean": self._rises(chosen["shift"], lowest, "mean"),
@@ -223,3 +226,10 @@ def _halves(part: Shifted, count: int, scored: int, device: torch.device) -> tup
     """Held-out rows for ablations, and others for scores (no more of them)."""
     first, second = next(part.evaluation(count + scored, count + scored)).split(count)
     return first.to(device), second.to(device)
+
+
+def eligible_first(table: HeadTable, chosen_from: Sequence[Head]) -> list[Head]:
+    """Distance heads as the analysis selects them (shift above 0, mean distance above the layer's median) by falling shift,
+    then the other heads in the order given, for models that have too few of the former."""
+    eligible = table.ranked()
+    return [*eligible, *(head for head in chosen_from if head not in eligible)]

@@ -98,7 +98,7 @@ def pooled(records: Mapping[int, Record], name: str) -> list[float]:
 
 
 def rule_table(records: Mapping[int, Record]) -> Table:
-    """The rule that the design states, by seed, and its word over all seeds."""
+    """The rule that was written beforehand, by seed, and its word over all seeds."""
     rows: list[tuple[str | float, ...]] = []
     for seed, record in records.items():
         rises = record["rises"]["mean"]
@@ -116,7 +116,7 @@ def rule_table(records: Mapping[int, Record]) -> Table:
         word = "fails"
     rows.append(("all seeds", *means, rho))
     return Table(
-        title="The design's rule",
+        title="The rule written beforehand",
         columns=(
             "",
             "top shift",

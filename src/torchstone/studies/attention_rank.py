@@ -76,7 +76,7 @@ class AttentionRank(TrainingStudy):
                            "low": 0.3, "high": 1.0, "rest": 0.0, "control": 1.0}),
         "toy": Scale(3, {"width": 64, "depth": 2, "head_dim": 16, "steps": 1000, "evaluate": 128, "starts": 100, "text": False,
                          "low": 0.3, "high": 1.0, "rest": 0.0, "control": 1.0}),
-        "gpu": Scale(3, {"width": 512, "depth": 8, "head_dim": 64, "steps": 3000, "evaluate": 512, "starts": 100, "text": True,
+        "gpu": Scale(3, {"width": 512, "depth": 8, "head_dim": 64, "steps": 3000, "evaluate": 128, "starts": 100, "text": True,
                          "low": 0.1, "high": 0.3, "rest": 0.1, "control": 0.3}),
     }  # fmt: skip
 

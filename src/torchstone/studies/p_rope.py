@@ -85,7 +85,7 @@ class PRope(TrainingStudy):
                          "batch": 16, "steps": 350, "probe_steps": 200, "evaluate": 128, "windows": 64,
                          "std": 0.1, "embedding_std": 0.5}),
         "gpu": Scale(3, {"width": 512, "head_dim": 64, "depth": 8, "length": 512, "base": 500.0, "large": 500000.0,
-                         "batch": 32, "steps": 3662, "probe_steps": 500, "evaluate": 512, "windows": 256,
+                         "batch": 32, "steps": 3662, "probe_steps": 500, "evaluate": 512, "windows": 96,
                          "std": 0.02, "embedding_std": 0.02}),
     }  # fmt: skip
 

@@ -3,17 +3,20 @@
 Hong et al., "On the token distance modeling ability of higher RoPE attention dimension", arXiv 2410.08703. A small rotary
 decoder learns text (which needs near tokens) and key-value recall (answers 1 to 100 tokens back) from one mixture. Then every
 head gets its `shift` score (`torchstone.diagnose.distance.heads`), and heads are mean-ablated: each alone, and the top ones
-together. Nothing is tuned to the outcome: what differs between arms is only which heads of a seed's one model are chosen.
+together. Nothing is tuned to the outcome: what differs between arms is only which heads of a seed's one model are chosen. The top
+ones are chosen as the analysis does: shift above 0 and mean distance above the layer's median, by falling shift (then, where a
+model has too few of them, the next highest shifts).
 
 Controls: random draws of as many heads in the same layers; the heads of the lowest shift; heads chosen by two rival
 explanations, mean attention distance and a plain retrieval score (attention from question to answer); shifts given to
 other heads at random; the loss on text; and the same heads kept to a window of their nearest tokens, which removes long-range
 use alone. Scores of the untrained model stand in the table of heads.
 
-Verdicts. The design calls the story kept if the top heads cost more distant recall than the 95th percentile of random draws,
-and shift and single-head loss correlate by at least 0.4 (Spearman, p < 0.05, heads of all seeds pooled); failed if the cost
-lies in the central half of the draws. Its own words are in a table. The claims here are stricter: each holds over seeds, as all
-studies' do. For the dimension story a partial correlation must remain, given each rival.
+Verdicts. Our rule, written before any number existed, calls the story kept if the top heads cost more distant recall than the
+95th percentile of random draws, and shift and single-head loss correlate by at least 0.4 (Spearman, p < 0.05, heads of all
+seeds pooled); failed if the cost lies in the central half of the draws. What it says stands in a table. The claims are judged
+over seeds, as all studies' are; that of the correlation asks for more than shuffled shifts give, not for 0.4. For the
+dimension story a partial correlation must remain, given each rival.
 
 Chosen after a look: pilots of training alone, on seed 1000, which no verdict uses, with no score or ablation looked at, fixed the
 recall task (with 32 keys asked once each the model did not learn in 1500 steps), two layers of four heads (99.7 % recall; with
@@ -75,8 +78,8 @@ class PositionalHeads(TrainingStudy):
         more("spearman", "spearman", "Over heads, shift and the recall lost without the head go together.", CHANCE),
         more("beyond-distance", "partial_distance", "They still do at equal mean attention distance.", CHANCE),
         more("beyond-retrieval", "partial_retrieval", "They still do at equal attention to the answer.", CHANCE),
-        Claim("local", "Without the top-shift heads the loss on text rises by less than without the worst 5 % of random draws.",
-              "text_rise", SHIFT, BEYOND),
+        Claim("local", "Without the top-shift heads the loss on text rises by at most 0.02 nats more than without random heads.",
+              "text_rise", SHIFT, CHANCE, margin=0.02),
     )  # fmt: skip
     scales = {
         "smoke": scale(2, width=16, depth=2, heads=4, steps=3, batch=4, learning_rate=4e-3, evaluate=8, scored=4, top=2,
