@@ -136,14 +136,30 @@ def test_an_operating_system_error_names_the_path(run, verb) -> None:
     assert "cannot use /proc/nothing/here: No such file or directory" in err
 
 
-def test_an_interruption_says_that_the_same_command_continues(run, verb) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("compare", "the same command continues from there"),
+        ("study", "the same command continues from there"),
+        ("train", "the same command continues from there"),
+        ("generate", "the same command begins anew"),
+        ("diagnose", "the same command begins anew"),
+    ],
+)
+def test_an_interruption_says_whether_the_same_command_continues(
+    run, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
     def raising() -> None:
         raise KeyboardInterrupt
 
-    verb(raising)
-    code, _, err = run("report")
+    holder = typer.Typer(add_completion=False, rich_markup_mode=None)
+    holder.callback()(lambda: None)
+    holder.command(name)(raising)
+    command = typer.main.get_group(holder).commands[name]
+    monkeypatch.setattr(cli, "load_verb", lambda name: command)
+    code, _, err = run(name)
     assert code == 75
-    assert "the same command continues" in err
+    assert said in err
 
 
 def test_an_exit_code_of_a_verb_is_kept(run, verb) -> None:

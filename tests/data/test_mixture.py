@@ -91,3 +91,21 @@ def test_shares_and_lengths_must_fit() -> None:
 def test_a_source_without_a_row_is_named() -> None:
     with pytest.raises(DataError, match=r"source 1 of the mixture without a row.*batch.sequences"):
         build().batch(0, 0, 1)
+
+
+def test_two_sources_of_one_task_are_refused() -> None:
+    """Rows of one task come from the same random numbers, whatever its settings: most of their tokens are equal."""
+    other, first = TASKS
+    second = {**first, "max_gap": 3}
+    rows = [parse_part("data", part).build(None).batch(0, 0, 50).tokens_bt for part in (first, second)]
+    assert (rows[0] == rows[1]).double().mean() > 0.8
+    mixed = {"kind": "mixture", "sources": [first, other], "shares": [0.5, 0.5]}
+    for sources in ([first, second], [first, first], [second, mixed]):
+        part = parse_part("data", {"kind": "mixture", "sources": sources, "shares": [0.5, 0.5]})
+        with pytest.raises(ConfigError, match="two sources of the task gap-recall; .*same random numbers"):
+            part.build(None)
+
+
+def test_two_corpora_may_be_mixed(stories) -> None:
+    text = stories()
+    assert Mixture([text, text], [0.5, 0.5]).vocab_size == 2 * text.vocab_size

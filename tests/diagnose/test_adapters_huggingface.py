@@ -325,6 +325,23 @@ def test_losses_fall_back_on_whole_logits_for_heads_of_unknown_form(tokens_bt: T
     torch.testing.assert_close(subject.losses(tokens_bt, last=3), expected[:, -3:])
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_losses_that_are_not_finite_are_reported_with_their_place(whole: bool) -> None:
+    tokens = torch.tensor([[3, 4, 5, 6], [3, 7, 5, 6]])
+    model = tiny_model("Llama")
+    subject = open_subject(model)
+    subject._whole_head = whole
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = torch.inf
+    with pytest.raises(DataError, match=r"loss of nan at token 1 of row 1 .* embedding \(token 1 of row 1\)"):
+        subject.losses(tokens)
+    assert subject.losses(tokens[:1]).isfinite().all()
+    with torch.no_grad():
+        model.lm_head.weight[9, 0] = torch.nan
+    with pytest.raises(DataError, match="at token 1 of row 0 .* the output of the output head"):
+        subject.losses(tokens[:1])
+
+
 def test_only_the_layers_asked_for_are_shown(family_subject: Subjects, tokens_bt: Tensor) -> None:
     seen = looked(family_subject("Llama"), tokens_bt, layers={1})
     assert [layer.index for layer, _ in seen] == [1] and seen[0][1].weights_bhts is None

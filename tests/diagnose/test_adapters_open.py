@@ -18,7 +18,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM, LlamaModel, Pre
 
 from torchstone.data.tokenizers import ByteTokenizer
 from torchstone.diagnose.adapters import open_subject
+from torchstone.diagnose.adapters.loading import usable_device
 from torchstone.diagnose.subject import Subject
+from torchstone.diagnose.texts import token_rows
 from torchstone.errors import ConfigError, DataError, DependencyError
 
 Folders = Callable[[str], Path]
@@ -89,6 +91,31 @@ def test_another_tokenizer_may_be_given(folder: Path, tmp_path: Path) -> None:
     assert open_subject(folder, tokenizer=ByteTokenizer()).encode("a") == [97]
 
 
+@pytest.mark.parametrize(
+    ("template", "first"),
+    [(None, []), ("$A", []), ("[BOS] $A", [1]), ("[BOS] $A [EOS]", [1]), ("$A [EOS]", []), ("[EOS] [BOS] $A", [2, 1])],
+)
+def test_first_tokens_are_what_the_tokenizer_puts_before_a_text(
+    template: str | None, first: list[int], family_subject: Callable[[str], Subject]
+) -> None:
+    special = {"[UNK]": 0, "[BOS]": 1, "[EOS]": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(special | {f"w{i}": i for i in range(3, 40)}, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if template is not None:
+        pairs = [(name, special[name]) for name in ("[BOS]", "[EOS]")]
+        inner.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=pairs)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="[UNK]", bos_token="[BOS]", eos_token="[EOS]")
+    subject = open_subject(family_subject("Llama").model, tokenizer=tokenizer)
+    assert subject.first_tokens() == first and subject.encode("w5 w6") == [5, 6]
+    assert token_rows(subject, ["w5 w6 w7 w8 w9"], len(first) + 2).tolist() == [[*first, 5, 6], [*first, 7, 8]]
+    assert subject.untrained().first_tokens() == first
+
+
+def test_without_special_tokens_there_are_no_first_ones(family_subject: Callable[[str], Subject]) -> None:
+    assert family_subject("Llama").first_tokens() == []  # no tokenizer
+    assert open_subject(family_subject("Llama").model, tokenizer=ByteTokenizer()).first_tokens() == []
+
+
 def test_tied_heads_are_noticed(family_subject: Callable[[str], Subject]) -> None:
     assert family_subject("GPT2").tied and not family_subject("Llama").tied
     assert torch.equal(family_subject("GPT2").head_weight(), family_subject("GPT2").embedding().weight)
@@ -96,6 +123,23 @@ def test_tied_heads_are_noticed(family_subject: Callable[[str], Subject]) -> Non
 
 def test_a_device_moves_the_model(folder: Path) -> None:
     assert open_subject(folder, device="cpu").device == torch.device("cpu")
+
+
+def test_without_a_gpu_there_is_only_the_cpu(folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("torchstone.diagnose.adapters.load_model", lambda *given: pytest.fail("the model was loaded"))
+    assert usable_device(None) == usable_device("cpu") == torch.device("cpu")
+    for name in ("gpu", "cuda", "cuda:1", "mps", "meta", "cpu:3", "", "cuda:x"):
+        with pytest.raises(ConfigError, match=f"there is no device '{name}' for an analysis; this machine has: cpu."):
+            open_subject(folder, device=name)
+
+
+def test_the_first_gpu_is_taken_where_there_is_one(monkeypatch: Any) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert usable_device(None) == torch.device("cuda") and usable_device("cuda:1") == torch.device("cuda", 1)
+    with pytest.raises(ConfigError, match="no device 'cuda:2' .* has: cpu, cuda:0, cuda:1"):
+        usable_device("cuda:2")
 
 
 @pytest.mark.parametrize(

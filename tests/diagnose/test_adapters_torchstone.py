@@ -299,6 +299,30 @@ def test_activations_that_are_not_finite_are_reported_with_their_place(tokens_bt
         open_subject(model).visit(tokens_bt, lambda layer, activations: None)
 
 
+@pytest.mark.parametrize(
+    ("damage", "place", "origin"),
+    [
+        (lambda model: model.embed.weight[7:8], "token 1 of row 1", r"the state after embedding \(token 4 of row 1\)"),
+        (lambda model: model.blocks[1].mixer.w_v.weight, "token 1 of row 0", "the state after block 1"),
+        (lambda model: model.norm.gain[None], "token 1 of row 0", "the state after final norm"),
+        (lambda model: model.head.project.weight, "token 1 of row 0", "the output of the output head"),
+    ],
+)
+def test_losses_that_are_not_finite_are_reported_with_their_place(damage: Any, place: str, origin: str) -> None:
+    subject = open_subject(decoder({"kind": "attention"}, head={"kind": "linear", "tied": False}))
+    tokens = torch.full((2, 8), 3)
+    tokens[1, 4] = 7
+    damage(subject.model).data[0, 0] = torch.nan
+    with pytest.raises(DataError, match=f"loss of nan at {place} of the batch .*not finite first is {origin}"):
+        subject.losses(tokens)
+    with pytest.raises(DataError, match="at token 6 of row"):  # of those that are asked for
+        subject.losses(tokens, last=2)
+
+
+def test_torchstone_decoders_put_nothing_before_a_text(subjects: dict[str, Subject]) -> None:
+    assert subjects["plain"].first_tokens() == []
+
+
 def test_bad_ablations_are_refused(subjects: dict[str, Subject]) -> None:
     with pytest.raises(ConfigError, match=r"head \(0, 4\) does not exist"), subjects["plain"].ablate([(0, 4)]):
         pass

@@ -68,6 +68,29 @@ def test_rows_stay_inside_a_text_and_start_with_different_texts(subject: Subject
     assert [bytes(row.tolist()) for row in token_rows(subject, ["abcdefgh", "ABCDE"], 3, count=2)] == [b"abc", b"ABC"]
 
 
+def test_rows_begin_with_what_the_tokenizer_puts_before_a_text(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "first_tokens", lambda: [256])
+    rows_nt = token_rows(subject, ["abcdefgh", "xy", "ABCDE"], 4)
+    assert rows_nt[:, 0].tolist() == [256] * 3
+    assert [bytes(row[1:].tolist()) for row in rows_nt] == [b"abc", b"ABC", b"def"]
+    with pytest.raises(DataError, match="needs 9 tokens in one text, the longest of 1 has 8"):
+        token_rows(subject, ["abcdefgh"], 10)
+    assert token_rows(subject, ["abcdefgh"], 2).shape == (8, 2)
+    with pytest.raises(ConfigError, match="leaves no room for text"):
+        token_rows(subject, ["abcdefgh"], 1)
+
+
+def test_tokens_that_the_model_does_not_know_are_refused(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "encode", lambda text: [1, 2, 300, 4])
+    with pytest.raises(DataError, match=r"token 300, and decoder knows 257 \(0 to 256\)"):
+        token_rows(subject, ["text"], 4)
+    monkeypatch.setattr(subject, "vocab_size", 3)  # a tokenizer that leaves out ids; the model has their embeddings
+    monkeypatch.setattr(subject, "encode", lambda text: [1, 2, 256, 4])
+    assert token_rows(subject, ["text"], 4).tolist() == [[1, 2, 256, 4]]
+
+
 def test_too_little_text_is_refused_with_both_numbers(subject: Subject) -> None:
     with pytest.raises(DataError, match="needs 9 tokens in one text, the longest of 2 has 8"):
         token_rows(subject, ["abcdefgh", "xy"], 9)

@@ -14,6 +14,7 @@ from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError
 from torchstone.evals.extrapolation import Extrapolation, Windows, extrapolation, held_out_windows, text_windows
 from torchstone.evals.extrapolation_finding import default_lengths, extrapolation_finding
+from torchstone.models.decoder import DecoderConfig
 from torchstone.recipe.load import load_recipe
 
 WINDOWS = Windows(torch.arange(5 * 65).view(5, 65), torch.tensor([0, 0, 1, 1, 2]))
@@ -106,11 +107,8 @@ def test_windows_are_held_out_text_inside_one_document() -> None:
         held_out_windows(data, 256, 10**6)
 
 
-def bytes_subject(length: int = 32, **block: object) -> Subject:
-    model = load_recipe(
-        {"model": {"width": 16, "depth": 1, "head_dim": 8, **({"block": block} if block else {})}}
-    ).model
-    return open_subject(model.build(257, length, 0), tokenizer=ByteTokenizer())
+def bytes_subject(length: int = 32) -> Subject:
+    return open_subject(DecoderConfig(width=16, depth=1, head_dim=8).build(257, length, 0), tokenizer=ByteTokenizer())
 
 
 TEXTS = ["".join(chr(97 + (i * i + 7 * n) % 26) for i in range(700)) for n in range(6)]
@@ -168,6 +166,18 @@ def test_hugging_face_models_and_their_tables() -> None:
         extrapolation_finding(gpt2, TEXTS, lengths=(32, 128), count=4, last=8)
     inside = extrapolation_finding(gpt2, TEXTS, count=4, last=8)
     assert [row[0] for row in inside.tables[0].rows] == [64]
+
+
+def test_a_models_first_token_stands_before_every_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, seen = bytes_subject(), []
+    monkeypatch.setattr(subject, "first_tokens", lambda: [256])
+    monkeypatch.setattr(
+        subject, "losses", lambda tokens_bt, last: seen.append(tokens_bt) or torch.ones(len(tokens_bt), last)
+    )
+    windows = text_windows(subject, TEXTS, 64, 4)
+    extrapolation(subject, windows, [16, 64], last=8, near=16)
+    assert all((part[:, 0] == 256).all() for part in seen)
+    assert torch.equal(seen[0][:, 1:], windows.tokens_nt[:, -16:])
 
 
 def test_tasks_have_no_longer_windows() -> None:

@@ -84,6 +84,48 @@ def test_memory() -> None:
     assert double.activations == 2 * estimate.activations
     with pytest.raises(ConfigError, match="no memory estimate"):
         memory_estimate(counts, 1, optimizer="unknown")
+    with pytest.raises(ConfigError, match="devices: cpu, cuda"):
+        memory_estimate(counts, 1, device="abacus")
+
+
+@pytest.mark.parametrize("components", [1, 5])
+def test_a_mixture_needs_memory_for_every_component(components: int) -> None:
+    head = {"kind": "mixture-of-softmaxes", "components": components}
+    linear, mixture = (count(config_of(head=head), VOCABULARY, LENGTH) for head in ("linear", head))
+    assert (linear.components, mixture.components) == (1, components)
+    assert memory_estimate(mixture, 4, chunk=16).logits == components * memory_estimate(linear, 4, chunk=16).logits
+    extra = mixture.activation_values_per_token - linear.activation_values_per_token
+    assert extra == (components - 1) * 32
+
+
+@pytest.mark.parametrize("head", ["linear", {"kind": "factored", "rank": 5}, "mixture-of-softmaxes"], ids=str)
+def test_features_are_counted_as_the_head_makes_them(head: Any) -> None:
+    config = config_of(head=head)
+    states = config.build(VOCABULARY, LENGTH, 0).head.features(torch.zeros(1, 32)).states
+    inner = sum(
+        layer.in_features + layer.out_features
+        for layer in config.skeleton(VOCABULARY, LENGTH).blocks.modules()
+        if isinstance(layer, torch.nn.Linear)
+    )
+    assert count(config, VOCABULARY, LENGTH).activation_values_per_token == inner + states.numel()
+
+
+def test_scores_that_are_kept_depend_on_the_device_and_on_dropout() -> None:
+    """By the CPU's operator half of scores, hidden layer and maps; else all keys of what every operation reads."""
+
+    def scores(**mixer: Any) -> dict[str, int]:
+        config = config_of({"kind": "attention", "position": "kerple", **mixer})
+        return dict(count(config, VOCABULARY, LENGTH).score_values_per_token)
+
+    block, whole = 3 * (2 * 4 + 32) * LENGTH // 2, 3 * (8 + 2 * 32 + 2 * 4) * LENGTH
+    assert scores(score_processor="dape") == {"cpu": block, "cuda": whole}
+    assert scores(score_processor="dape", dropout=0.1) == {"cpu": whole, "cuda": whole}
+    assert scores(score_processor="dape", position="none")["cuda"] == 3 * (4 + 2 * 32 + 2 * 4) * LENGTH
+    assert scores() == {"cpu": 0, "cuda": 0}
+    counts = count(config_of({"kind": "attention", "score_processor": "dape"}), VOCABULARY, LENGTH)
+    there = {device: memory_estimate(counts, 2, device=device).activations for device in ("cpu", "cuda")}
+    values = counts.score_values_per_token
+    assert there["cuda"] - there["cpu"] == 4 * 2 * LENGTH * (values["cuda"] - values["cpu"]) > 0
 
 
 def test_activation_estimate_is_near_what_autograd_keeps() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,15 +11,16 @@ import torch
 from torch import Tensor
 
 from torchstone.nn.attention import core
+from torchstone.nn.attention.mask import CAUSAL
 from torchstone.nn.attention.observe import observe
 from torchstone.nn.context import BuildContext
 from torchstone.nn.initialisation import generator_for
 from torchstone.nn.position import reference
 from torchstone.nn.position.alibi import alibi_slopes
-from torchstone.nn.position.base import BiasedPosition, Offsets, PositionContext
+from torchstone.nn.position.base import BiasedPosition, Offsets, Position, PositionContext
 from torchstone.nn.span import Span
 from torchstone.optim.groups import decay_rules, split_parameters
-from torchstone.recipe.registry import kinds, parse_part, part_class
+from torchstone.recipe.registry import kinds, parse_part
 
 LENGTH, TRAINED, HEADS = 20, 16, 6
 
@@ -157,6 +159,46 @@ def test_fire_goes_by_position_in_the_document() -> None:
     assert (packed[0, :, 19, 12:] - straight[:, 19, 12:]).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize("processed", [False, True])
+def test_fire_for_given_positions_equals_the_network_of_every_score(processed: bool) -> None:
+    """Documents of several lengths, windows of a long text, and rows that have nothing in common."""
+    position = build("fire", processed=processed).double()
+    packed = torch.stack([torch.cat([torch.arange(n) for n in parts]) for parts in ((12, 8), (3, 16, 1), (20,))])
+    index = torch.arange(20)
+    late = Offsets(torch.arange(12, 20)[:, None] - index, packed[:, 12:])
+    ring = Offsets(torch.tensor([[3, 2, 1, 0, 4]]), torch.tensor([[1000], [3], [70]]))
+    for given in (offsets(20, packed), offsets(20, 37 * torch.arange(60).view(3, 20)), late, ring):
+        found = position.bias(given)
+        direct = position._direct(given.distance_ts.clamp_min(0), given.position).transpose(0, 1)
+        assert found.shape == (3, HEADS, *given.distance_ts.shape)
+        torch.testing.assert_close(found, direct, atol=1e-12, rtol=1e-12)
+        cotangent = torch.randn(found.shape, generator=generator_for(1, "cotangent"), dtype=torch.float64)
+        gradients = [torch.autograd.grad(bias, list(position.parameters()), cotangent) for bias in (found, direct)]
+        for left, right in zip(*gradients, strict=True):
+            torch.testing.assert_close(left, right, atol=1e-10, rtol=1e-10)
+
+
+def test_fire_runs_its_network_once_for_every_position_that_occurs(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchstone.nn.position.fire import FIRENetwork
+
+    seen = []
+    original = FIRENetwork.forward
+    monkeypatch.setattr(FIRENetwork, "forward", lambda self, u_n: seen.append(u_n.numel()) or original(self, u_n))
+    restarted_bt = torch.cat([torch.arange(12), torch.arange(8)]).expand(50, -1)
+    build("fire").bias(offsets(20, restarted_bt))
+    assert seen == [12 * 20]
+
+
+def test_distances_beyond_the_table_touch_no_key_that_is_seen() -> None:
+    """A state may hold a key far behind a late query, which the window hides."""
+    position = build("fire")
+    far = torch.tensor([[4000, 3, 2, 1, 0]])
+    found = position.bias(Offsets(far, torch.tensor([[4000]])))
+    direct = position._direct(far, torch.tensor([[4000]])).transpose(0, 1)
+    torch.testing.assert_close(found[..., 1:], direct[..., 1:])
+    assert found.isfinite().all()
+
+
 def test_fire_in_pieces_equals_fire_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from torchstone.nn.position import fire
 
@@ -256,5 +298,43 @@ def test_positions_without_a_bias_cost_nothing() -> None:
             assert build(kind).bias(offsets()) is None
 
 
-def test_every_position_builds_from_a_context() -> None:
-    assert all(part_class("position", kind).model_fields["kind"].default == kind for kind in kinds("position"))
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("kind", kinds("position"))
+def test_every_position_builds_from_a_context(kind: str, processed: bool) -> None:
+    position = build(kind, processed=processed)
+    assert isinstance(position, Position)
+    weight = torch.randn(2 * 8, 3, generator=generator_for(0, "weight"))
+    assert torch.equal(position.arrange(weight).sort(0).values, weight.sort(0).values)
+    bias = position.bias(offsets())
+    assert (bias is not None) == position.biased and (bias is None or bias.shape == (HEADS, LENGTH, LENGTH))
+
+
+# Half types --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("learned", [True, False])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("given", ["autocast", "bf16"])
+def test_the_fused_kernel_keeps_a_far_bias_fine(given: str, key_heads: int, learned: bool) -> None:
+    """Around -512 neighbours in bf16 are 4 apart: a rounded bias would decide the maps."""
+    length, bf16 = 40, torch.bfloat16
+    q, k, v = (
+        torch.randn(2, heads, length, 8, generator=generator_for(0, name)).to(bf16)
+        for name, heads in (("q", 4), ("k", key_heads), ("v", key_heads))
+    )
+    far = torch.randn(1, 4, length, length, generator=generator_for(0, "bias")) - 512
+    exact = far.double().requires_grad_()
+    keys, values = (x.double().repeat_interleave(4 // key_heads, dim=1) for x in (k, v))
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    expected = (q.double() @ keys.mT * 0.35 + exact).masked_fill(hidden, -torch.inf).softmax(-1) @ values
+    bias: Any = SimpleNamespace(whole=lambda: far.requires_grad_(learned))
+    with torch.autocast("cpu", dtype=bf16, enabled=given == "autocast"):
+        inputs = (q, k, v) if given == "bf16" else (q.float(), k.float(), v.float())
+        found = core.fused_attention(*inputs, CAUSAL, 0.35, 0.0, bias)
+    assert found.dtype == bf16
+    torch.testing.assert_close(found.double(), expected, atol=0.02, rtol=0.01)
+    if learned:
+        cotangent = torch.randn(found.shape, generator=generator_for(0, "cotangent"))
+        (ours,) = torch.autograd.grad(found.float(), far, cotangent)
+        (theirs,) = torch.autograd.grad(expected, exact, cotangent.double())
+        torch.testing.assert_close(ours.double(), theirs, atol=0.03, rtol=0.03)

@@ -15,8 +15,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchstone.errors import ConfigError
 from torchstone.models.counts import count, memory_estimate
 from torchstone.models.decoder import Decoder, DecoderConfig
+from torchstone.nn.attention import dape as dape_part
 from torchstone.nn.attention import dape_blocked, processed
 from torchstone.nn.attention.dape import DAPE, DAPEConfig
+from torchstone.nn.attention.mask import Mask
 from torchstone.nn.attention.observe import observe
 from torchstone.nn.initialisation import generator_for
 from torchstone.nn.span import Span
@@ -269,9 +271,41 @@ def test_rows_in_chunks_equal_the_whole(name: str, mask_hidden: bool, monkeypatc
         monkeypatch.undo()
         whole = model(tokens_bt, span).hidden_btd
         monkeypatch.setattr(processed, "CHUNK_SCORES", 2 * 4 * LENGTH * 3)
+        monkeypatch.setattr(dape_part, "LARGEST_BLOCK", 3)
         close(model(tokens_bt, span).hidden_btd, whole, 1e-9)
-        monkeypatch.setattr(DAPE, "blocked", lambda *_: None)
+        monkeypatch.setattr(DAPE, "block_rows", lambda *_: None)
         close(model(tokens_bt, span).hidden_btd, whole, 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("position", "batch", "scores", "expected"),
+    [
+        ("kerple", 1, 1, [32, 32, 6]),  # the operator's own blocks, however little may exist at once
+        ("kerple", 5, 4 * 70 * 40, [40, 30]),  # one bias for all rows of the batch
+        ("kerple", 5, 4 * 70 * 70, [70]),
+        ("none", 5, 1, [70]),  # nothing but blocks is held
+    ],
+)
+@torch.no_grad()
+def test_rows_of_the_operator_are_limited_by_the_bias_alone(
+    position: str, batch: int, scores: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = build({"position": position}, depth=1, length=70), []
+    original = DAPE.blocked
+    monkeypatch.setattr(DAPE, "blocked", lambda self, q, *rest: seen.append(q.shape[2]) or original(self, q, *rest))
+    monkeypatch.setattr(processed, "CHUNK_SCORES", scores)
+    model(tokens(batch, 70))
+    assert seen == expected
+
+
+@torch.no_grad()
+def test_a_bias_for_every_row_of_the_batch_counts_as_many_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen = build("v2 fire, window", depth=1, length=70), []
+    original = DAPE.blocked
+    monkeypatch.setattr(DAPE, "blocked", lambda self, q, *rest: seen.append(q.shape[2]) or original(self, q, *rest))
+    monkeypatch.setattr(processed, "CHUNK_SCORES", 2 * 4 * 70 * 40)
+    model(tokens(2, 70), Span(positions_bt=torch.arange(70).expand(2, -1)))
+    assert seen == [40, 30]
 
 
 @pytest.mark.parametrize("name", ["v2 kerple", "v2 on differential v2"])
@@ -335,6 +369,7 @@ def test_version_1_is_version_2_with_a_kernel_of_1() -> None:
         ({"kernel": -3}, "odd number"),
         ({"version": "v1", "kernel": 3}, "version v2"),
         ({"version": "v1", "mask_hidden": False}, "changes nothing"),
+        ({"version": "v2", "kernel": 1, "mask_hidden": False}, "changes nothing with kernel 1"),
         ({"width": 0}, "greater than 0"),
         ({"kernel_size": 3}, "kernel_size"),
     ],
@@ -352,6 +387,41 @@ def test_training_beyond_the_memory_is_refused(monkeypatch: pytest.MonkeyPatch) 
         model(tokens_bt)
     with torch.no_grad():
         model(tokens_bt)
+
+
+def test_all_maps_at_once_need_more_memory_than_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2·4 maps, 2·8 hidden values and 2·4 inputs for every key, not half of 2·4 + 8."""
+    model, tokens_bt = build({"position": "kerple", "dropout": 0.5}), tokens()
+    monkeypatch.setattr(processed, "device_bytes", lambda device: 20_000)
+    model(tokens_bt)
+    message = r"keeps 50,176 bytes"
+    with pytest.raises(ConfigError, match=message):
+        model(tokens_bt, Span(allowed_bts=lower(LENGTH)[0, 0]))
+    with pytest.raises(ConfigError, match=message), observe(model):
+        model(tokens_bt)
+    with pytest.raises(ConfigError, match=message):
+        model.train()(tokens_bt)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_all_maps_at_once_keep_what_the_estimate_says(dropout: float, biased: bool) -> None:
+    processor, length, kept = DAPE(4, biased), 64, {}
+    q = torch.zeros(2, 4, length, 8)
+
+    def remember(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point() and tensor.numel() >= 2 * length * length:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.numel(), tensor  # held, so that no address comes twice
+        return tensor
+
+    bias = (lambda rows: torch.zeros(1, 4, length, length)[:, :, rows]) if biased else None
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        processed.processed_attention(
+            q, q, q, Mask(lower(length), None, causal=False), scale=1.0, difference=None, dropout=dropout,
+            observation=None, bias=bias, processor=processor,
+        )  # fmt: skip
+    total = sum(count for count, _ in kept.values())
+    assert total == pytest.approx(2 * length * processor.kept_at_once(length), rel=0.1)
 
 
 def test_initial_values_are_those_of_torch_convolutions() -> None:

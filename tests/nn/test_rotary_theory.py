@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from torchstone.errors import ConfigError
-from torchstone.nn.position.ladder import Variant
-from torchstone.nn.position.rotary import Layout, Rotary
+from torchstone.nn.position.base import PositionContext
+from torchstone.nn.position.ladder import Variant, kept_pairs, ladder, least_share
+from torchstone.nn.position.rotary import Layout, Rotary, RotaryConfig
 from torchstone.nn.span import Span
 
 
@@ -199,6 +201,41 @@ def test_warnings() -> None:
     with pytest.warns(UserWarning, match="3 turn"):
         cut = Rotary(20, 100.0, "half", "p", 0.33)
     assert int(cut.frequencies().count_nonzero()) == 3
+    with pytest.warns(
+        UserWarning, match=r"p 0.33 of 10 rotary pairs is 3.3\d*, no whole number: 3 turn; p 0.4 turns 4"
+    ):
+        Rotary(20, 100.0, "half", "p", 0.33)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Rotary(16, 100.0, "half", "p", 0.75)
+
+
+def test_a_share_that_rounds_below_a_whole_number_says_so() -> None:
+    """0.29 · 200 / 2 is 28.999999999999996, and the share that the warning names turns 29 without one."""
+    with pytest.warns(
+        UserWarning, match=r"is 28\.999999999999996, no whole number: 28 turn; p (\S+) turns 29"
+    ) as caught:
+        assert Rotary(200, 100.0, "half", "p", 0.29).ladder.pairs == 28
+    named = float(str(caught[0].message).split("; p ")[1].split()[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert Rotary(200, 100.0, "half", "p", named).ladder.pairs == 29
+        for head_dim in range(2, 400, 2):
+            for pairs in range(1, head_dim // 2 + 1):
+                p = least_share(head_dim, pairs)
+                assert kept_pairs(head_dim, p) == ladder(head_dim, 100.0, "p", p, 1.0).pairs == pairs
+
+
+@pytest.mark.parametrize("variant", ["p", "partial", "reversed"])
+def test_a_variant_without_a_share_is_refused(variant: str) -> None:
+    with pytest.raises(ValidationError, match=rf"variant {variant} turns a share .* give p"):
+        RotaryConfig.model_validate({"variant": variant})
+    assert RotaryConfig.model_validate({"variant": variant, "p": 1}).p == 1  # said, not left out
+    built = RotaryConfig.model_validate({"variant": variant, "p": 0.5}).build(PositionContext(16, 2, 8))
+    assert built.ladder.pairs == 4
+
+
+def test_the_full_rotation_is_written_in_one_way() -> None:
+    given = [RotaryConfig(), RotaryConfig(p=1.0), RotaryConfig(variant="full", p=None)]
+    assert given[0] == given[1] == given[2] and given[1].p is None
+    assert given[0].build(PositionContext(16, 2, 8)).ladder.pairs == 8

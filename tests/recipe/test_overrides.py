@@ -211,3 +211,20 @@ def test_any_override_gives_a_recipe_or_a_typed_error(parts: list[tuple[list[str
         load_recipe(text, [f"{'.'.join(keys)}={value}" for keys, value in parts])
     except ConfigError as error:
         assert "\n" not in str(error)
+
+
+POSITION = "model.block.mixer.position"
+FULL = {"kind": "attention", "position": {"kind": "rotary", "variant": "full", "p": 1.0}}
+
+
+def test_a_rotary_variant_and_its_share_come_in_either_order() -> None:
+    whole = load_recipe({"model": {"kind": "decoder"}, "data": "recall", "budget": {"steps": 3}})
+    spelled = load_recipe(
+        {"model": {"kind": "decoder", "block": {"mixer": FULL}}, "data": "recall", "budget": {"steps": 3}}
+    )
+    assert whole == spelled
+    for start in (whole, spelled):
+        share, variant = f"{POSITION}.p=0.75", f"{POSITION}.variant=p"
+        assert load_recipe(start, [share, variant]) == load_recipe(start, [variant, share])
+        with pytest.raises(ConfigError, match=r"variant p turns a share .* give p"):
+            load_recipe(start, [variant])  # 1 of the full rotation does not carry over

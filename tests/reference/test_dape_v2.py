@@ -88,7 +88,7 @@ class _Scores(nn.Module):
             self.position = parse_part("position", part).build(context)
         self.processor = None
         if version:
-            kernel = {} if version == "1" else {"kernel": config["kernel"], "mask_hidden": False}
+            kernel = {} if version == "1" else {"kernel": config["kernel"], "mask_hidden": config["kernel"] == 1}
             width = _tensor(f"{case}/w.mlp2.0.weight").shape[0]
             self.processor = DAPEConfig.model_validate({"version": f"v{version}", "width": width, **kernel}).build(
                 config["heads"], base not in UNBIASED

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import math
+import re
 import xml.etree.ElementTree as xml
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,31 @@ def test_every_file_is_written_and_says_the_same(tmp_path: Path) -> None:
         )
 
 
+def test_an_earlier_finding_leaves_no_files_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    write(a_finding(), tmp_path)
+    (tmp_path / "mine.csv").write_text("1")
+    (tmp_path / "figures" / "mine.svg").write_text("<svg/>")
+    (tmp_path / "head-8.json").write_text("{}")
+    write(a_finding(tables=(Table(title="Other", columns=("a",), rows=((1,),)),), heatmaps=(a_map(),)), tmp_path)
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert names == ["figures/curve.svg", "figures/mine.svg", "figures/usage.svg", "finding.json", "head-8.json", "mine.csv",
+                     "other.csv", "report.html", "report.md"]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"tables": []}', b"\xff"])
+def test_where_no_finding_can_be_read_nothing_is_removed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "finding.json").write_bytes(content)
+    (tmp_path / "old.csv").write_text("1")
+    write(a_finding(), tmp_path)
+    assert (tmp_path / "old.csv").exists() and (tmp_path / "heads.csv").exists()
+
+
+def test_tables_of_like_titles_have_different_files(tmp_path: Path) -> None:
+    tables = tuple(Table(title=title, columns=("a",), rows=()) for title in ("a 2", "a", "a"))
+    write(a_finding(tables=tables), tmp_path)
+    assert len(list(tmp_path.glob("*.csv"))) == 3
+
+
 def test_hostile_words_stay_words(tmp_path: Path) -> None:
     table = Table(title=HOSTILE, columns=(HOSTILE, "x"), rows=((HOSTILE, "=1+1"),))
     finding = a_finding(
@@ -73,10 +101,10 @@ def test_hostile_words_stay_words(tmp_path: Path) -> None:
     assert "'=1+1" in next(tmp_path.glob("*.csv")).read_text()
 
 
-@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t"])
+@pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\n"])
 def test_spreadsheets_get_no_formulas(start: str) -> None:
     text = as_csv(Table(title="t", columns=("a", "b"), rows=((f"{start}x", -1.5),)))
-    assert next(csv.reader(text.splitlines()[1:])) == [f"'{start}x", "-1.5"]
+    assert list(csv.reader(io.StringIO(text)))[1] == [f"'{start}x", "-1.5"]
 
 
 def test_every_cell_has_its_colour_and_its_words() -> None:
@@ -87,6 +115,55 @@ def test_every_cell_has_its_colour_and_its_words() -> None:
     assert cells[1].get("fill") == heatmap.NOTHING
     assert cells[0].get("fill") == heatmap.color(0.0, False) != cells[-1].get("fill") == heatmap.color(1.0, False)
     assert cells[-1].find(f"{SVG}title").text == "layer 2, pair 3: 11"
+
+
+def boxes(one: Heatmap) -> tuple[list[tuple[float, float, float]], float, float]:
+    """Of the columns' labels: the end of each, and left and lower edge of all, as wide as a wide font draws them; the
+    picture's height."""
+    picture = xml.fromstring(heatmap.svg(one))
+    height = float(picture.get("viewBox", "").split()[3])
+    bottom = max(
+        float(cell.get("y")) + float(cell.get("height")) for cell in picture.findall(f"{SVG}rect") if len(cell)
+    )
+    found = []
+    for label in picture.findall(f"{SVG}text"):
+        x, y, width = float(label.get("x")), float(label.get("y")), heatmap.LETTER * len(label.text or "")
+        if not bottom < y < bottom + 16 or label.get("text-anchor") == "start":
+            continue
+        turned = re.match(r"rotate\(-(\d+)", label.get("transform") or "")
+        angle = math.radians(float(turned[1])) if turned else 0.0
+        left = x - width * math.cos(angle) if turned else x - width / 2
+        right = x if turned else x + width / 2
+        found.append((left, right, y + width * math.sin(angle)))
+        assert turned is None or label.get("text-anchor") == "end"
+    return found, bottom, height
+
+
+@pytest.mark.parametrize("rows", [2, 12])
+@pytest.mark.parametrize("names", [
+    [f"{10 ** (-m / 8):.3g} rad ({6.28 * 10 ** (m / 8):.3g} tokens)" for m in range(count)] for count in (4, 32, 64)
+], ids=len)  # fmt: skip
+def test_long_labels_are_turned_and_do_not_touch(names: list[str], rows: int) -> None:
+    labels, _, height = boxes(a_map(rows, len(names), x=tuple(names)))
+    assert min(len(names), 4) <= len(labels) <= len(names)
+    ends = [right for _, right, _ in labels]
+    assert all(b - a >= heatmap.LINE - 0.1 for a, b in zip(ends, ends[1:], strict=False))
+    assert all(left >= 0 and lower < height for left, _, lower in labels)
+
+
+@pytest.mark.parametrize("names", [[str(i) for i in range(100)], [f"{i}-{i + 9}" for i in range(0, 300, 10)], ["only"]])
+def test_short_labels_lie_and_do_not_touch(names: list[str]) -> None:
+    labels, bottom, _ = boxes(a_map(3, len(names), x=tuple(names)))
+    assert labels and all(lower < bottom + 16 for _, _, lower in labels)
+    assert all(a[1] < b[0] for a, b in zip(labels, labels[1:], strict=False))
+
+
+def test_the_cells_begin_right_of_long_names_of_rows() -> None:
+    picture = xml.fromstring(heatmap.svg(a_map(y=("the first of the rows here", "1", "2"))))
+    first = next(cell for cell in picture.findall(f"{SVG}rect") if len(cell))
+    label = next(text for text in picture.findall(f"{SVG}text") if (text.text or "").startswith("the first"))
+    assert float(label.get("x")) < float(first.get("x"))
+    assert float(label.get("x")) - heatmap.LETTER * len(label.text or "") > 20  # right of the name of the axis
 
 
 def test_signed_colours_mirror_around_zero() -> None:

@@ -40,7 +40,7 @@ def test_ranks_need_memory_for_their_share_only(monkeypatch):
     recipe = load_recipe(tiny_recipe(batch={"sequences": 4096}))
     counts = counts_of(recipe)
     asked = []
-    monkeypatch.setattr(preflight, "check_memory", lambda recipe, counts, rows, available: asked.append(rows))
+    monkeypatch.setattr(preflight, "check_memory", lambda recipe, counts, rows, *device: asked.append(rows))
     preflight.check_run(recipe, counts, World(1, 4, CPU), CheckpointStore("unused"))
     assert asked == [1024]
 
@@ -64,3 +64,13 @@ def test_a_sink_that_is_not_installed_is_refused_before_anything_is_written(tmp_
     with pytest.raises(DependencyError, match=r"pip install 'torchstone\[tensorboard\]'"):
         check(tmp_path, sinks=["tensorboard"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_mixture_computes_the_logits_of_as_many_tokens_less_at_a_time(monkeypatch):
+    asked = []
+    original = preflight.memory_estimate
+    monkeypatch.setattr(preflight, "memory_estimate", lambda *given: asked.append(given) or original(*given))
+    for head in ("linear", {"kind": "mixture-of-softmaxes", "components": 4}):
+        recipe = load_recipe(tiny_recipe(model={**tiny_recipe()["model"], "head": head}))
+        preflight.check_memory(recipe, counts_of(recipe), 4, 10**12, "cpu")
+    assert [given[4] for given in asked] == [128, 32]

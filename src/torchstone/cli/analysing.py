@@ -2,6 +2,10 @@
 
 So a setting has one home, the function, whose signature and docstring say its type, default and meaning; the command line
 and Python cannot drift apart. An analysis is imported when its own command is used.
+
+The report goes to a folder named after the analysis, the model and a fingerprint of everything asked, so that another
+revision or setting gets a folder of its own and the same command the same one. An analysis with a setting `directory` keeps
+its partial results there, unless told otherwise, and so continues after an interruption; the others begin anew.
 """
 
 from __future__ import annotations
@@ -11,7 +15,8 @@ import inspect
 import re
 import shlex
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -20,20 +25,34 @@ import typer
 from typer.core import TyperGroup
 
 from torchstone.diagnose.catalogue import Analysis
-from torchstone.errors import ConfigError
+from torchstone.errors import ConfigError, InterruptedRun
+from torchstone.storage.names import safe_text
 
 MODEL_HELP = "Run directory of torchstone train, a Hugging Face folder, or a name on its hub."
 TEXTS_HELP = "Text files (.txt, or .jsonl with `text`). Default: the embedded corpus."
 COMMON: dict[str, tuple[Any, Any, str]] = {
-    "out": (Path | None, None, "Directory for the report and its tables. Default: runs/ANALYSIS-MODEL."),
+    "out": (Path | None, None, "Directory for the report and its tables. Default: runs/ANALYSIS-MODEL-FINGERPRINT."),
     "step": (int | None, None, "Checkpoint of this step of a torchstone run; default: the newest."),
     "revision": (str | None, None, "Revision of a model on the hub."),
+    "tokenizer": (str | None, None, "Tokenizer in place of the model's own: a folder or a name on the hub."),
     "device": (str | None, None, "cpu, cuda, cuda:1 …; default: the first GPU, else the CPU."),
-    "names": (list[str] | None, None, "Pattern of a projection with an unusual name, as q=PATTERN. Repeatable."),
+    "dtype": (
+        Literal["float32", "bfloat16", "float16"] | None,
+        None,
+        "Type of the model's weights and passes: float32 (default), or half the memory. What is computed from them is in "
+        "float32 or float64.",
+    ),
+    "names": (
+        list[str] | None,
+        None,
+        "Pattern of a projection with an unusual name, as q=PATTERN (or k, v, o, qkv). Repeatable.",
+    ),
     "trust_remote_code": (bool, False, "Run Python code that comes with the model. Only for models you trust."),
 }
 ROWS_PRINTED = 12
 BYTES = "bytes"  # in the place of a model, where an analysis can do without one
+DIRECTORY = "directory"  # a setting of this name is where an analysis keeps what the same command continues from
+DIRECTORY_HELP = "Where partial results are kept, from which the same command continues. Default: OUT."
 
 
 def group(name: str, analyses: Mapping[str, Analysis], help: str) -> typer.Typer:
@@ -74,8 +93,9 @@ def _callback(verb: str, title: str, analysis: Analysis, function: Callable[...,
         help = f"{MODEL_HELP} Or the word {BYTES}." if _takes_bytes(function) else MODEL_HELP
         parameters.append(_parameter("model", Annotated[str, typer.Argument(help=help)]))
     if "texts" in needs:
-        parameters.append(_parameter("texts", Annotated[list[Path] | None, typer.Argument(help=TEXTS_HELP)], None))
-    parameters += [_setting(name, *kind) for name, kind in settings.items()]
+        parameters.append(_parameter("texts", Annotated[list[str] | None, typer.Argument(help=TEXTS_HELP)], None))
+    for name, (hint, default, help) in settings.items():
+        parameters.append(_setting(name, hint, default, DIRECTORY_HELP if name == DIRECTORY else help))
     common = COMMON if "subject" in needs else {"out": COMMON["out"]}
     parameters += [_setting(name, *kind) for name, kind in common.items()]
 
@@ -192,49 +212,134 @@ def _run(
     command: str,
     function: Callable[..., Any],
     model: str | None,
-    texts: list[Path] | None,
+    texts: list[str] | None,
     settings: dict[str, Any],
     common: dict[str, Any],
 ) -> None:
+    from torchstone.cli.analysis_progress import AnalysisProgress
     from torchstone.diagnose.texts import load_texts
     from torchstone.lab.environment import environment
     from torchstone.report.finding_write import write
 
-    arguments: list[Any] = []
-    device = "cpu"
-    if model == BYTES and _takes_bytes(function):
-        arguments.append(None)
-    elif model is not None:
-        subject = _open(model, common)
-        arguments.append(subject)
-        device = str(subject.device)
-        typer.echo(f"{command.split()[-1]}: {subject.describe()}", err=True)
-    if "texts" in needs_of(function):
-        arguments.append(load_texts(texts or []))
-    finding = function(*arguments, **settings)
-    words = ["torchstone", *command.split(), *([model] if model else []), *map(str, texts or [])]
-    finding = finding.model_copy(
-        update={
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "command": shlex.join([*words, *_options(function, settings, common)]),
-            "environment": environment(device),
-        }
-    )
+    analysis = command.split()[-1]
+    out = common["out"] or _default_out(analysis, model, texts or [], settings, common)
+    given = dict(settings)
+    if DIRECTORY in given and given[DIRECTORY] is None:
+        given[DIRECTORY] = out
+    with _interruption(given.get(DIRECTORY)):
+        arguments: list[Any] = []
+        subject = _subject(function, model, common)
+        if "subject" in needs_of(function):
+            arguments.append(subject)
+        if subject is not None:
+            typer.echo(f"{analysis}: {safe_text(subject.describe())} on {subject.device}", err=True)
+        if "texts" in needs_of(function):
+            arguments.append(load_texts(texts or []))
+        with AnalysisProgress(analysis) as progress:
+            if subject is not None:
+                progress.follow(subject)
+            finding = function(*arguments, **given)
+        words = ["torchstone", *command.split(), *([model] if model else []), *(texts or [])]
+        finding = finding.model_copy(
+            update={
+                "created": datetime.now(UTC).isoformat(timespec="seconds"),
+                "command": shlex.join([*words, *_options(function, settings, common)]),
+                "environment": environment("cpu" if subject is None else str(subject.device)),
+            }
+        )
+        _print(finding, write(finding, out))
+
+
+@contextmanager
+def _interruption(kept: Any) -> Iterator[None]:
+    """Say truly what Ctrl-C leaves: partial results in the folder `kept`, or nothing where it is None."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedRun(
+            "interrupted; nothing of this analysis is kept, and the same command begins anew."
+            if kept is None
+            else f"interrupted; finished parts are kept in {kept}, and the same command continues from there."
+        ) from error
+
+
+def _default_out(
+    analysis: str, model: str | None, texts: list[str], settings: dict[str, Any], common: dict[str, Any]
+) -> Path:
+    """`runs/ANALYSIS-MODEL-FINGERPRINT`: one folder for everything that gives the same numbers on the same device."""
+    from torchstone.storage.hashing import fingerprint_of
+
+    asked = {
+        "model": None if model is None else _place(Path(model)),
+        "tokenizer": common["tokenizer"] and _place(Path(common["tokenizer"])),
+        "texts": [_place(Path(text)) for text in texts],
+        "settings": {name: _place(value) for name, value in settings.items() if name != DIRECTORY},
+        "options": [common["step"], common["revision"], common["dtype"] or "float32", common["names"] or []],
+    }
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(model).name if model else "text").strip("-.") or "model"
-    directory = common["out"] or Path("runs") / f"{command.split()[-1]}-{stem}"
-    _print(finding, write(finding, directory))
+    return Path("runs") / f"{analysis}-{stem[:60]}-{fingerprint_of(asked)[:10]}"
 
 
-def _open(model: str, common: dict[str, Any]) -> Any:
+def _place(value: Any) -> str:
+    """A value as text; a path that exists as its absolute one, so that it is the same from every folder."""
+    return str(value.resolve()) if isinstance(value, Path) and value.exists() else str(value)
+
+
+def _subject(function: Callable[..., Any], model: str | None, common: dict[str, Any]) -> Any:
+    """The model opened with its options; None where the analysis does without one.
+
+    Raises:
+        ConfigError: an option that cannot be honoured, before anything is loaded.
+    """
+    if model is None:
+        return None
+    if model == BYTES and _takes_bytes(function):
+        _refuse_with_bytes(common)
+        return None
+    names = _patterns(common["names"] or [])
+    import torch
+
     from torchstone.diagnose.adapters import open_subject
+    from torchstone.diagnose.adapters.loading import usable_device
 
-    names = dict(pair.partition("=")[::2] for pair in common["names"] or [])
-    if bad := [pair for pair in common["names"] or [] if "=" not in pair]:
-        raise ConfigError(f"--names takes q=PATTERN, k=, v= or o=; given {bad[0]!r}.")
-    options = {name: common[name] for name in ("step", "revision", "device") if common[name] is not None}
-    if names:
-        options["names"] = names
-    return open_subject(model, trust_remote_code=common["trust_remote_code"], **options)
+    options = {name: common[name] for name in ("step", "revision", "tokenizer") if common[name] is not None}
+    return open_subject(
+        model,
+        device=usable_device(common["device"]),
+        dtype=getattr(torch, common["dtype"] or "float32"),
+        trust_remote_code=common["trust_remote_code"],
+        names=names or None,
+        **options,
+    )
+
+
+def _refuse_with_bytes(common: dict[str, Any]) -> None:
+    given = [name for name, kind in COMMON.items() if name != "out" and common[name] not in (kind[1], [])]
+    if given:
+        raise ConfigError(
+            f"--{given[0].replace('_', '-')} is an option of a model, and {BYTES} was given in its place; leave the option out, "
+            "or give a model."
+        )
+
+
+def _patterns(pairs: list[str]) -> dict[str, str]:
+    """`--names` as a mapping; raises ConfigError for what is no q=PATTERN."""
+    from torchstone.diagnose.adapters import NAMED
+
+    found: dict[str, str] = {}
+    for pair in pairs:
+        name, _, pattern = pair.partition("=")
+        if name not in NAMED or not pattern or name in found:
+            known = ", ".join(f"{known}=PATTERN" for known in sorted(NAMED))
+            raise ConfigError(f"--names takes {known}, each once; given {' '.join(pairs)!r}.")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"--names {pair!r} holds no regular expression after its = ({error}); mend it."
+            ) from error
+        found[name] = pattern
+    return found
 
 
 def _options(function: Callable[..., Any], settings: dict[str, Any], common: dict[str, Any]) -> list[str]:
@@ -258,25 +363,27 @@ def _print(finding: Any, page: Path) -> None:
     """The answer, the head of the main table as far as it fits, and where the rest is."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from torchstone.report.tables import of_table
-    from torchstone.storage.names import safe_text
 
     console = Console(soft_wrap=True)
-    console.print(safe_text(finding.answer), markup=False, highlight=False)
+    console.print(Text(safe_text(finding.answer)))
     main = of_table(finding.tables[0])
     rows = [[safe_text(value) for value in row] for row in main.rows[:ROWS_PRINTED]]
     heads = [safe_text(column) for column in main.columns]
     fitting = _fitting([heads, *rows], Console().width)
-    shown = Table(*heads[:fitting], title=safe_text(finding.tables[0].title))
+    shown = Table(title=Text(safe_text(finding.tables[0].title)))  # Text, since a string's brackets would be markup
+    for head in heads[:fitting]:
+        shown.add_column(Text(head))
     for row in rows:
-        shown.add_row(*row[:fitting])
+        shown.add_row(*(Text(cell) for cell in row[:fitting]))
     if rows:
         Console().print(shown)
     left = [f"{len(finding.tables[0].rows) - len(rows)} more rows", f"{len(heads) - fitting} more columns"]
     if left := [words for words in left if not words.startswith("0 ")]:
-        console.print(f"… {' and '.join(left)} in {page.parent}", markup=False, highlight=False)
-    console.print(str(page), markup=False, highlight=False)
+        console.print(Text(f"… {' and '.join(left)} in {page.parent}"))
+    console.print(Text(str(page)))
 
 
 def _fitting(rows: list[list[str]], width: int) -> int:

@@ -5,8 +5,8 @@ torch). A verb lives in `torchstone.cli.VERB` as an object of the verb's name: a
 for verbs with verbs.
 
 `main` turns every error into one paragraph and an exit code: 0 done, 1 a defect of torchstone, 2 user, 3
-data, 4 non-finite, 75 interrupted ("the same command continues"). `--debug`, anywhere, shows the traceback
-instead.
+data, 4 non-finite, 75 interrupted (the message says what the same command continues from). `--debug`, anywhere,
+shows the traceback instead.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ VERBS = {
     "where": "Print every path of a method: parts, study, tests, vectors, page, results.",
     "doctor": "Show what this machine offers: torch, devices, speed, extras, disk.",
 }
+CONTINUING = ("compare", "study", "train")  # verbs whose same command continues; others say what they keep, if anything
 EPILOG = "Every command takes --debug, which shows the traceback of an error."
 
 
@@ -70,9 +71,14 @@ class Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as error:
-            raise InterruptedRun(
-                "interrupted; what was complete is kept, and the same command continues from there."
-            ) from error
+            raise InterruptedRun(interruption(ctx.invoked_subcommand)) from error
+
+
+def interruption(verb: str | None) -> str:
+    """What Ctrl-C leaves of a verb that does not say so itself."""
+    if verb in CONTINUING:
+        return "interrupted; what was complete is kept, and the same command continues from there."
+    return "interrupted; the same command begins anew."
 
 
 def load_verb(name: str) -> Any:
@@ -140,7 +146,7 @@ def explain(error: BaseException) -> tuple[str, int]:
     if isinstance(error, TorchstoneError):
         return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted; the same command continues.", InterruptedRun.exit_code
+        return interruption(None), InterruptedRun.exit_code
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or type(error).__name__
         return (

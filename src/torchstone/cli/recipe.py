@@ -107,17 +107,18 @@ def _memory(loaded: Recipe, counts: Counts) -> str:
 
     from torchstone.models.counts import OPTIMIZER_VALUES, Precision, memory_estimate
     from torchstone.objectives.next_token import chunk_size
+    from torchstone.recipe.fingerprint import device_class
 
     optimizer = loaded.optimizer.kind
     if optimizer not in OPTIMIZER_VALUES:
         return f"no estimate for optimizer {optimizer}"
     rows = loaded.batch.micro or loaded.batch.sequences
     output_vd = torch.empty(counts.vocab_size, counts.width, device="meta")
-    chunk = getattr(loaded.objective, "chunk", None) or chunk_size(output_vd)
+    chunk = getattr(loaded.objective, "chunk", None) or max(1, chunk_size(output_vd) // counts.components)
     precisions: tuple[Precision, ...] = ("fp32", "bf16") if loaded.precision == "auto" else (loaded.precision,)
     parts = []
     for precision in precisions:
-        found = memory_estimate(counts, rows, precision, optimizer, chunk)
+        found = memory_estimate(counts, rows, precision, optimizer, chunk, device_class())
         weights = found.parameters + found.gradients + found.optimizer
         parts.append(
             f"{_mebibytes(found.total)} MiB in {precision} (weights, gradients and optimizer "

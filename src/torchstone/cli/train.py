@@ -36,7 +36,8 @@ def train(
         typer.Option(
             "--watch",
             help="Analysis whose numbers join the validation record: anisotropy, attention-rank, "
-            "head-spectrum, positional-heads or rope-usage. Takes at most 1 % of the time. Repeatable.",
+            "head-spectrum, positional-heads or rope-usage (layer-gradients cannot be watched). Takes at most about 1 % "
+            "of the training time, beyond one look before the first step and one at the end. Repeatable.",
         ),
     ] = None,
 ) -> None:

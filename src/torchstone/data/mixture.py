@@ -13,8 +13,11 @@ size. Token ids of later sources follow those of earlier ones: no two sources sh
 
 Shapes: b sequences · t tokens.
 
-Pitfall: the loss is a mean over target tokens, not over rows: a source that scores few positions of its rows weighs less than
-its share says.
+Pitfalls
+  weight        the loss is a mean over target tokens, not over rows: a source that scores few positions of its rows weighs
+                less than its share says.
+  shared keys   a generated row is a function of (seed, step, row), so that two tasks of one kind draw the same numbers, and
+                most of their tokens are equal, whatever their settings. Such mixtures are refused.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from torchstone.data.batch import IGNORE, Batch
 from torchstone.data.source import DataSource, DocumentSpan, row_range
+from torchstone.data.synthetic.task import Task
 from torchstone.errors import ConfigError, DataError
 from torchstone.recipe.part import Part
 from torchstone.recipe.registry import part_field
@@ -107,8 +111,11 @@ class Mixture:
     """DataSource of a mixture.
 
     Args:
-        sources: equally long sources.
+        sources: equally long sources, no two of them tasks of one kind.
         shares: of the rows, one per source.
+
+    Raises:
+        ConfigError: no share for a source, or two tasks of one kind.
     """
 
     tokenizer = None  # ids of several vocabularies are no text
@@ -117,6 +124,7 @@ class Mixture:
     def __init__(self, sources: Sequence[DataSource], shares: Sequence[float]) -> None:
         if not sources or len(sources) != len(shares):
             raise ConfigError(f"a mixture of {len(sources)} sources was given {len(shares)} shares; give one for each.")
+        _check_kinds([name for source in sources for name in _tasks(source)])
         self.shares = tuple(shares)
         self.length = sources[0].length
         firsts = [sum(source.vocab_size for source in sources[:i]) for i in range(len(sources))]
@@ -163,6 +171,23 @@ class Mixture:
         counts = self.counts(size)
         spans = [part.inner.documents(seed, step, count) for part, count in zip(self.parts, counts, strict=True)]
         return [row for rows in spans for row in rows]
+
+
+def _tasks(source: DataSource) -> list[str]:
+    """Kinds of the generated tasks in a source, which may be a mixture itself."""
+    if isinstance(source, Mixture):
+        return [name for part in source.parts for name in _tasks(part.inner)]
+    return [source.name] if isinstance(source, Task) else []
+
+
+def _check_kinds(names: Sequence[str]) -> None:
+    """Raise ConfigError if a kind of task is there twice."""
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ConfigError(
+            f"a mixture was given two sources of the task {twice[0]}; rows of one task come from the same random numbers, "
+            "whatever its settings, so that most tokens of the two would be equal: give one source of each task with the "
+            "sum of their shares, or tasks of different kinds."
+        )
 
 
 def _joined(batches: Sequence[Batch], rows: tuple[int, ...]) -> Batch:

@@ -177,6 +177,10 @@ class Subject(ABC):
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without special tokens; raises ConfigError where there is no tokenizer."""
 
+    def first_tokens(self) -> list[int]:
+        """Special tokens that the model's tokenizer puts before every text (BOS); none, unless an adapter says otherwise."""
+        return []
+
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; ids as numbers where there is no tokenizer."""
@@ -188,7 +192,7 @@ class Subject(ABC):
     @abstractmethod
     def losses(self, tokens_bt: Tensor, last: int | None = None) -> Tensor:
         """-log p(token t+1 | tokens … t), fp32 [b, t-1], or only the `last` of them; without gradients, and without holding
-        the logits of all tokens at once."""
+        the logits of all tokens at once. Raises DataError where a loss is not finite, naming row, token and layer."""
 
     @abstractmethod
     def hidden_states(self, tokens_bt: Tensor) -> tuple[Tensor, ...]:

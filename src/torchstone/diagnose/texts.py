@@ -8,7 +8,10 @@ count as long-range attention.
 
 Shapes: n rows · t tokens.
 
-Pitfall: special tokens are left out, so a model that expects a first token (BOS) sees text from its middle.
+Models such as Llama and Gemma were trained on texts that begin with a special token (BOS). Every row starts with what the
+tokenizer itself puts there (`Subject.first_tokens`): it is context, no text, and counts as part of the row's length.
+
+Pitfall: no other special token is added, and rows that are later stretches of a text still begin in its middle.
 """
 
 from __future__ import annotations
@@ -47,33 +50,41 @@ def token_rows(
 ) -> Tensor:
     """Rows of `length` tokens, int64 [n, t] on the subject's device, each from one text.
 
-    The first rows are the beginnings of different texts, then come their second stretches, and so on, so that few rows
-    are still many texts.
+    A row is `subject.first_tokens()`, none for many models, and then text up to its length. The first rows are the beginnings
+    of different texts, then come their second stretches, and so on, so that few rows are still many texts.
 
     Args:
         subject: encodes the texts.
         texts: what `load_texts` gives.
-        length: tokens of a row.
+        length: tokens of a row, first tokens included.
         count: rows wanted; None takes all.
         beyond_context: accept rows longer than the model's context.
 
     Raises:
-        ConfigError: a length or count that is no positive number, or a length beyond the model's context.
-        DataError: no text is long enough, or there are fewer rows than wanted; both numbers are named.
+        ConfigError: a length or count that is no positive number, a length beyond the model's context, or one that leaves no
+            room for text.
+        DataError: no text is long enough, or there are fewer rows than wanted (both numbers are named); a token that the
+            model does not know.
     """
     _check_length(subject, length, count, beyond_context)
+    first = subject.first_tokens()
+    room = length - len(first)
+    if room < 1:
+        raise ConfigError(
+            f"rows of {length} token(s) were asked for, and {subject.name} starts each with {len(first)} special token(s), which "
+            "leaves no room for text; ask for a longer length."
+        )
     stretches: list[list[list[int]]] = []
     longest = 0
     for text in texts:
         tokens = subject.encode(text)
         longest = max(longest, len(tokens))
-        stretches.append([tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)])
+        starts = range(0, len(tokens) - room + 1, room)
+        stretches.append([[*first, *tokens[start : start + room]] for start in starts])
         if count is not None and sum(1 for rows in stretches if rows) >= count:
             break
     if not any(stretches):
-        raise DataError(
-            f"text too short: needs {length} tokens in one text, the longest of {len(texts)} has {longest}."
-        )
+        raise DataError(f"text too short: needs {room} tokens in one text, the longest of {len(texts)} has {longest}.")
     depth = max(len(rows) for rows in stretches)
     ordered = [rows[i] for i in range(depth) for rows in stretches if i < len(rows)]
     if count is not None and len(ordered) < count:
@@ -81,7 +92,21 @@ def token_rows(
             f"text too short: needs {count} rows of {length} tokens, the {len(texts)} texts have {len(ordered)}; give "
             "more text, fewer rows or a shorter length."
         )
-    return torch.tensor(ordered[:count], dtype=torch.long, device=subject.device)
+    rows_nt = torch.tensor(ordered[:count], dtype=torch.long)
+    _check_known(subject, int(rows_nt.max()))
+    return rows_nt.to(subject.device)
+
+
+def _check_known(subject: Subject, largest: int) -> None:
+    """Raise for a token id without an embedding; ids may exceed `vocab_size` where a tokenizer leaves some out."""
+    if largest < subject.vocab_size:
+        return
+    known = int(getattr(subject.embedding(), "num_embeddings", subject.vocab_size))
+    if largest >= known:
+        raise DataError(
+            f"the text holds token {largest}, and {subject.name} knows {known} (0 to {known - 1}): tokenizer and model do not "
+            "belong together; give the model's own tokenizer."
+        )
 
 
 def _check_length(subject: Subject, length: int, count: int | None, beyond_context: bool) -> None:

@@ -151,6 +151,7 @@ def extrapolation(
             f"{width - 1}, the length of the windows less one target."
         )
     losses = model.losses if isinstance(model, Subject) else model
+    first = model.first_tokens() if isinstance(model, Subject) else []
     strange_nt = tokens_nt[windows.strangers().to(tokens_nt.device)] if near is not None else tokens_nt
     rows = []
     for length in wanted:
@@ -158,6 +159,8 @@ def extrapolation(
         if near is not None and length > near:
             kept = near + 1
             seen_nt = torch.cat([strange_nt[:, width - length - 1 : width - kept], seen_nt[:, -kept:]], dim=1)
+        if first:  # what the tokenizer puts before a text takes the place of the earliest context
+            seen_nt = torch.cat([tokens_nt.new_tensor(first).expand(len(seen_nt), -1), seen_nt[:, len(first) :]], dim=1)
         parts = [_losses(losses, part_bt, last) for part_bt in seen_nt.split(max(1, TOKENS_AT_ONCE // length))]
         rows.append(torch.cat(parts).double().mean(dim=1).cpu().numpy())
     return Extrapolation(wanted, np.stack(rows))

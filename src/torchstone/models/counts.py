@@ -16,6 +16,7 @@ sequences on the CPU (`nn.attention.blocked`), and allocators round up.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -30,6 +31,7 @@ from torchstone.recipe.part import Part
 
 Precision = Literal["fp32", "bf16"]
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
+DEVICES = ("cpu", "cuda")
 OPTIMIZER_VALUES = {"adamw": 2, "lion": 1, "sgd": 0}  # fp32 values that an optimizer keeps per parameter
 
 
@@ -43,7 +45,9 @@ class Counts:
         kv_cache_bytes_per_token: decoding state of a sequence of `length` tokens in bf16, divided by `length` (a
             sliding window stores less than one entry per token).
         activation_values_per_token: values that a training step keeps per token for the backward pass (estimate).
-        score_values_per_token: the same for scores that a processor reads, which are kept in fp32; grows with `length`.
+        score_values_per_token: the same for scores that a processor reads, which are kept in fp32, by device class (`cpu`,
+            `cuda`): only some have an operator that keeps less. Grows with `length`.
+        components: logits per token and entry of the vocabulary; above 1 for a mixture.
         vocab_size, width, length: the sizes used.
     """
 
@@ -53,7 +57,8 @@ class Counts:
     training_flops_per_token: float
     kv_cache_bytes_per_token: float
     activation_values_per_token: int
-    score_values_per_token: int
+    score_values_per_token: Mapping[str, int]
+    components: int
     vocab_size: int
     width: int
     length: int
@@ -79,7 +84,8 @@ def count(model_config: Part, vocab_size: int, length: int) -> Counts:
         training_flops_per_token=3 * forward,
         kv_cache_bytes_per_token=state.nbytes() / length,
         activation_values_per_token=activation_values(model),
-        score_values_per_token=score_values(model, length),
+        score_values_per_token={name: score_values(model, length, torch.device(name)) for name in DEVICES},
+        components=model.head.components,
         vocab_size=vocab_size,
         width=model.config.width,
         length=length,
@@ -87,18 +93,28 @@ def count(model_config: Part, vocab_size: int, length: int) -> Counts:
 
 
 def activation_values(model: Decoder) -> int:
-    """Values kept per token for the backward pass of the blocks: the input and the output of every linear layer, once.
+    """Values kept per token for the backward pass: input and output of every linear layer of the blocks, and features.
 
     A linear layer keeps its input; the functions between linear layers (norm, rotation, attention, gate) keep about
-    what the layers before them put out.
+    what the layers before them put out. Features are what the output matrix multiplies, once per component.
     """
     layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    return sum(layer.in_features + layer.out_features for layer in layers)
+    features = model.head.components * model.head.weight_vd.shape[1]
+    return sum(layer.in_features + layer.out_features for layer in layers) + features
 
 
-def score_values(model: Decoder, length: int) -> int:
-    """fp32 values that score processors keep per token for the backward pass, at `length` tokens."""
-    return sum(module.kept_values(length) for module in model.modules() if isinstance(module, ScoreProcessor))
+def score_values(model: Decoder, length: int, device: torch.device) -> int:
+    """fp32 values that score processors keep per token for the backward pass, at `length` tokens.
+
+    Where a processor has an operator of its own it keeps what that keeps, unless the maps are dropped out.
+    """
+    total = 0
+    for mixer in model.modules():
+        processor = getattr(mixer, "score_processor", None)
+        if isinstance(processor, ScoreProcessor):
+            whole = processor.block_rows(device) is None or getattr(mixer, "dropout", 0.0) > 0
+            total += processor.kept_at_once(length) if whole else processor.kept_values(length)
+    return total
 
 
 @dataclass(frozen=True)
@@ -123,6 +139,7 @@ def memory_estimate(
     precision: Precision = "bf16",
     optimizer: str = "adamw",
     chunk: int | None = None,
+    device: str = "cpu",
 ) -> MemoryEstimate:
     """Memory of a training step.
 
@@ -132,22 +149,23 @@ def memory_estimate(
         precision: of the activations; parameters, gradients and optimizer state are fp32 (autocast).
         optimizer: one of OPTIMIZER_VALUES.
         chunk: tokens whose logits exist at the same time; None for all.
+        device: device class, one of DEVICES.
 
     Raises:
-        ConfigError: unknown precision or optimizer.
+        ConfigError: unknown precision, optimizer or device.
     """
-    if precision not in BYTES or optimizer not in OPTIMIZER_VALUES:
+    if precision not in BYTES or optimizer not in OPTIMIZER_VALUES or device not in DEVICES:
         raise ConfigError(
-            f"no memory estimate for precision {precision!r} with optimizer {optimizer!r}; "
-            f"precisions: {', '.join(BYTES)}; optimizers: {', '.join(OPTIMIZER_VALUES)}."
+            f"no memory estimate for precision {precision!r} with optimizer {optimizer!r} on {device!r}; precisions: "
+            f"{', '.join(BYTES)}; optimizers: {', '.join(OPTIMIZER_VALUES)}; devices: {', '.join(DEVICES)}."
         )
     tokens = sequences * counts.length
     kept = min(tokens, chunk or tokens)
+    scores = counts.score_values_per_token[device]
     return MemoryEstimate(
         parameters=4 * counts.parameters,
         gradients=4 * counts.parameters,
         optimizer=4 * OPTIMIZER_VALUES[optimizer] * counts.parameters,
-        activations=(BYTES[precision] * counts.activation_values_per_token + 4 * counts.score_values_per_token)
-        * tokens,
-        logits=2 * 4 * counts.vocab_size * kept,  # logits and their gradient
+        activations=(BYTES[precision] * counts.activation_values_per_token + 4 * scores) * tokens,
+        logits=2 * 4 * counts.components * counts.vocab_size * kept,  # logits and their gradient
     )

@@ -3,9 +3,15 @@
 Colours are attributes of the shapes, so that the picture needs no style sheet: it stands in a page whose content security
 policy forbids inline styles, and alone as a file. Both scales are readable in light and dark surroundings and for people
 who do not see red and green apart: dark blue to yellow for amounts, blue over near-white to orange around 0.
+
+Labels never touch: of the columns' as many are shown as have room, turned where one is longer than its place. Widths are
+estimated, since the font is the reader's.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -17,31 +23,42 @@ AMOUNTS = ((37, 29, 86), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231
 SIGNED = ((0, 84, 143), (107, 174, 214), (244, 242, 236), (244, 155, 92), (166, 54, 3))
 NOTHING = "#8888882e"
 INK = "#7d8590"
-WIDTH, MOST_HEIGHT, LEFT, TOP, BOTTOM, SCALE = 760, 520, 74, 8, 46, 86
+WIDTH, MOST_HEIGHT, LEFT, TOP, SCALE = 760, 520, 74, 8, 86
 LARGEST_CELL, SMALLEST_CELL = 26.0, 3.0
 MOST_LABELS, MOST_TITLES, SCALE_STEPS = 26, 4000, 24
+LETTER, LINE, SHORT = 6.6, 15.0, 48.0  # pixels: width of a letter, of a turned label, of one that need not be turned
+LONGEST = 30  # letters of a label; the whole one is in the words on hover
+ANGLE = 65  # degrees of a turned label
 
 
 def svg(heatmap: Heatmap) -> Markup:
     """The heat map as one `svg` element."""
     rows, columns = len(heatmap.y), len(heatmap.x)
-    across = min(LARGEST_CELL * 2, (WIDTH - LEFT - SCALE) / max(1, columns))
+    left = _left(heatmap)
+    across = min(LARGEST_CELL * 2, (WIDTH - left - SCALE) / max(1, columns))
     down = max(SMALLEST_CELL, min(LARGEST_CELL, MOST_HEIGHT / max(1, rows)))
     low, high = value_range(heatmap)
     cells = [
-        _cell(heatmap, row, column, (LEFT + column * across, TOP + row * down), (across, down), (low, high))
+        _cell(heatmap, row, column, (left + column * across, TOP + row * down), (across, down), (low, high))
         for row in range(rows)
         for column in range(columns)
     ]
     bottom = TOP + rows * down
-    height = max(bottom, TOP + 120) + BOTTOM
+    depth = _depth(heatmap)
     return element(
         "svg",
         cells,
-        _labels(heatmap, across, down, bottom),
-        _scale(heatmap, low, high, LEFT + columns * across + 22, min(bottom - TOP, 200.0) if rows > 4 else 100.0),
+        _row_labels(heatmap, left, down, bottom),
+        _column_labels(heatmap, left, across, bottom),
+        _text(
+            heatmap.x_label,
+            max(left + across * columns / 2, _pixels(heatmap.x_label) / 2),
+            bottom + depth + 19,
+            "middle",
+        ),
+        _scale(heatmap, low, high, left + columns * across + 22, min(bottom - TOP, 200.0) if rows > 4 else 100.0),
         xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {WIDTH} {height:.0f}",
+        viewBox=f"0 0 {WIDTH} {max(bottom + depth + 31, TOP + 166):.0f}",
         role="img",
         aria_label=f"{heatmap.title}: {heatmap.y_label} by {heatmap.x_label}, from {low:.4g} to {high:.4g}.",
         class_="heatmap",
@@ -90,22 +107,55 @@ def _cell(
     return element("rect", title, fill=fill, **{name: f"{number:.2f}" for name, number in box.items()})
 
 
-def _labels(heatmap: Heatmap, across: float, down: float, bottom: float) -> list[Child]:
+def _row_labels(heatmap: Heatmap, left: float, down: float, bottom: float) -> list[Child]:
     found: list[Child] = []
-    for row in _some(len(heatmap.y)):
-        y = TOP + (row + 0.5) * down + 3.5
-        found.append(_text(_name(heatmap.y[row]), LEFT - 6, y, "end"))
-    for column in _some(len(heatmap.x), within=(WIDTH - LEFT - SCALE) / 34):
-        x = LEFT + (column + 0.5) * across
-        found.append(_text(_name(heatmap.x[column]), x, bottom + 15, "middle"))
-    middle = LEFT + across * len(heatmap.x) / 2
-    found.append(_text(heatmap.x_label, max(middle, LEFT + 30), bottom + 34, "middle"))
+    for row in _some(len(heatmap.y), MOST_LABELS):
+        found.append(_text(_short(heatmap.y[row]), left - 6, TOP + (row + 0.5) * down + 3.5, "end"))
     height = TOP + (bottom - TOP) / 2
     turned = f"rotate(-90 14 {height:.1f})"
     found.append(
         element("text", heatmap.y_label, x=14, y=f"{height:.1f}", fill=INK, text_anchor="middle", transform=turned)
     )
     return found
+
+
+def _column_labels(heatmap: Heatmap, left: float, across: float, bottom: float) -> list[Child]:
+    widest = _widest(heatmap.x)
+    place = LINE if widest > SHORT else widest + 0.5 * LETTER
+    found: list[Child] = []
+    for column in _some(len(heatmap.x), across * len(heatmap.x) / place):
+        x, text = left + (column + 0.5) * across, _short(heatmap.x[column])
+        if widest > SHORT:
+            x, y = x + 4, bottom + 11
+            turned = f"rotate(-{ANGLE} {x:.1f} {y:.1f})"
+            found.append(
+                element("text", text, x=f"{x:.1f}", y=f"{y:.1f}", fill=INK, text_anchor="end", transform=turned)
+            )
+        else:
+            found.append(_text(text, x, bottom + 15, "middle"))
+    return found
+
+
+def _widest(labels: Sequence[str | float]) -> float:
+    """Pixels of the longest label."""
+    return max((_pixels(_short(label)) for label in labels), default=0.0)
+
+
+def _pixels(text: str) -> float:
+    return LETTER * len(text)
+
+
+def _left(heatmap: Heatmap) -> float:
+    """Where the cells begin: right of the rows' labels, and far enough for the first turned one of the columns."""
+    widest = _widest(heatmap.x)
+    turned = widest * math.cos(math.radians(ANGLE)) if widest > SHORT else 0.0
+    return max(LEFT, 28 + _widest(heatmap.y), turned)
+
+
+def _depth(heatmap: Heatmap) -> float:
+    """Height of the columns' labels."""
+    widest = _widest(heatmap.x)
+    return widest * math.sin(math.radians(ANGLE)) + 12 if widest > SHORT else 15.0
 
 
 def _scale(heatmap: Heatmap, low: float, high: float, x: float, height: float) -> list[Child]:
@@ -133,6 +183,11 @@ def _name(label: str | float) -> str:
     return label if isinstance(label, str) else f"{label:.4g}"
 
 
-def _some(count: int, within: float = MOST_LABELS) -> range:
+def _short(label: str | float) -> str:
+    name = _name(label)
+    return name if len(name) <= LONGEST else f"{name[: LONGEST - 1]}…"
+
+
+def _some(count: int, within: float) -> range:
     """Indices of at most `within` labels, evenly spread."""
     return range(0, count, max(1, -(-count // max(1, int(min(within, MOST_LABELS))))))

@@ -34,8 +34,8 @@ from torchstone.storage.hashing import bytes_hash
 
 Cells = Sequence[tuple[Cell, Measurement]]
 Row = tuple[str | float | int | None, ...]
+CAPPED = "A rank with a gap of 0.01 nats outside the measured ranks counts as the first or the last of them."
 PARTS = 4  # disjoint samples of the standard library, about 2 MB each
-NOTE = "Saturation, a loss that rises late in training, is not expected at this scale."
 TEXT = (  # a model of 30 M parameters on text, for one GPU
     "data={kind: text, tokenizer: {kind: bpe, vocab_size: 16384}, length: 512}",
     "model={width: 512, depth: 8, head_dim: 64, block: {feedforward: {kind: swiglu, hidden: 1360}}, "
@@ -48,7 +48,11 @@ METRICS = (
     Metric(name="excess", label="loss beyond the table's entropy", unit="nats/token", better="lower"),
     Metric(name="rise", label="final validation loss above its best", unit="nats/token", better="lower"),
     Metric(name="anisotropy", label="mean cosine of last hidden states", better="neither"),
-    Metric(name="critical_rank", label="rank with a fitted gap of 0.01 nats", better="neither"),
+    Metric(
+        name="critical_rank",
+        label="rank with a fitted gap of 0.01 nats, capped at the measured ranks",
+        better="neither",
+    ),
     Metric(name="gap_16", label="fitted gap at rank 16", unit="nats/token", better="neither"),
     Metric(name="entropy", label="entropy of the n-gram table", unit="nats/token", better="neither"),
     Metric(name="validation_loss", label="validation loss", unit="nats/token", better="lower"),
@@ -200,7 +204,7 @@ def tables(cells: Cells) -> tuple[Table, ...]:
     bounds = tuple((table, int(rank), gap) for table, by_rank in least.items() for rank, gap in by_rank.items())
     return (
         Table(title="Data rank of source code", columns=("tokens", "rank", "fitted gap", "truncation gap", "tail"),
-              rows=tuple(ranks), note="Nats per token, means over disjoint samples; the tail is relative."),
+              rows=tuple(ranks), note="Nats per token, means over disjoint samples; the tail is relative. " + CAPPED),
         Table(title="Trained on random tables", columns=("arm", "excess", "rise", "anisotropy"), rows=tuple(trained),
               note="Excess in nats per token over the table's entropy; rise: final validation loss above its best."),
         Table(title="Least excess of any logits of a rank", columns=("table", "rank", "excess"), rows=bounds,

@@ -12,7 +12,7 @@ explanations, mean attention distance and a plain retrieval score (attention fro
 other heads at random; the loss on text; and the same heads kept to a window of their nearest tokens, which removes long-range
 use alone. Scores of the untrained model stand in the table of heads.
 
-Verdicts. Our rule, written before any number existed, calls the story kept if the top heads cost more distant recall than the
+Verdicts. Our rule, written before any run of this study, calls the story kept if the top heads cost more distant recall than the
 95th percentile of random draws, and shift and single-head loss correlate by at least 0.4 (Spearman, p < 0.05, heads of all
 seeds pooled); failed if the cost lies in the central half of the draws. What it says stands in a table. The claims are judged
 over seeds, as all studies' are; that of the correlation asks for more than shuffled shifts give, not for 0.4. For the

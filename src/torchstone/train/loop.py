@@ -69,6 +69,9 @@ class RunView:
 class Callback:
     """Base of callbacks. They may neither change weights nor draw from torch's default generator."""
 
+    def on_start(self, view: RunView) -> None:
+        """Called on every rank before the first update of this process; an error ends the run with nothing changed."""
+
     def on_step(self, view: RunView) -> None:
         """Called on every rank after an update and its record."""
 
@@ -204,6 +207,8 @@ class Loop:
         """
         trainer = self.trainer
         trainer.model.train()
+        for callback in self.callbacks:
+            callback.on_start(self._view({}))
         while True:
             if self._evaluation_is_due() and not self._evaluate():
                 break

@@ -26,7 +26,7 @@ from torchstone.version import __version__
 SCHEMA = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 4 << 20
-LARGEST_HEADER = 16 << 20
+SMALLEST_HEADER, LARGEST_HEADER = 2, 16 << 20  # `{}` is the smallest
 MOST_TENSORS = 100_000
 GROUP = re.compile(r"[a-z][a-z0-9_]{0,40}")
 _FILE = re.compile(rf"{GROUP.pattern}\.safetensors")
@@ -117,7 +117,7 @@ def check_header(path: Path) -> None:
         if first != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             raise CheckpointError(f"{path} looks like a pickle, which can run code when it is read; refused.")
         length = int.from_bytes(start, "little")
-        if size < 8 or length > min(LARGEST_HEADER, size - 8):
+        if size < 8 or not SMALLEST_HEADER <= length <= min(LARGEST_HEADER, size - 8):
             raise CheckpointError(
                 f"{path} is no valid safetensors file: a header of {length} bytes in {size} bytes; refused."
             )

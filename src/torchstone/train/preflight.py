@@ -33,19 +33,20 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
                 f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks."
             )
     start, stop = world.rows(recipe.batch.sequences)
-    check_memory(recipe, counts, min(recipe.batch.micro or stop - start, stop - start), device_bytes(world.device))
+    rows = min(recipe.batch.micro or stop - start, stop - start)
+    check_memory(recipe, counts, rows, device_bytes(world.device), world.device.type)
     if world.leads:
         values = 1 + OPTIMIZER_VALUES.get(recipe.optimizer.kind, 2)
         store.check_space(4 * values * counts.parameters)
 
 
-def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int) -> None:
-    """Raise ConfigError if a step of `rows` sequences needs more than `available` bytes by the estimate."""
+def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int, device: str) -> None:
+    """Raise ConfigError if a step of `rows` sequences needs more than `available` bytes of a `device` by the estimate."""
     if recipe.optimizer.kind not in OPTIMIZER_VALUES:
         return  # of another package; its memory is not known
     precision: Precision = "fp32" if recipe.precision == "fp32" else "bf16"
-    chunk = getattr(recipe.objective, "chunk", None) or LEAST_TOKENS
-    needed = memory_estimate(counts, rows, precision, recipe.optimizer.kind, chunk)
+    chunk = getattr(recipe.objective, "chunk", None) or max(1, LEAST_TOKENS // counts.components)
+    needed = memory_estimate(counts, rows, precision, recipe.optimizer.kind, chunk, device)
     if needed.total > available:
         raise ConfigError(
             f"a training step of {rows} sequences needs about {needed.total / 1e9:.3g} GB (activations "

@@ -4,7 +4,8 @@ id            names the run for dashboards
 fingerprint   of the recipe, the code and the data at the start
 data          fingerprint of the data now
 environment   what bitwise equality depends on (`training_environment`), at the start
-groups        what the optimizer decays how strongly, by name (`optim.groups.group_table`); empty where it says no decay
+groups        what the optimizer decays how strongly, by name (`optim.groups.group_table`); empty where it says no decay,
+              and in records of versions that did not list it
 compute       precision and compilation, chosen once; `measured`: the times that led to it
 resumes       one entry per resume: changes of the recipe, of the environment, and taints
 """
@@ -13,12 +14,12 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from torchstone.errors import CheckpointError
+from torchstone.errors import CheckpointError, ConfigError
 from torchstone.recipe.fingerprint import fingerprint
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
@@ -31,6 +32,7 @@ from torchstone.train.resume import Changes, check_changes, training_environment
 
 RECORD, RECIPE = "run.json", "recipe.yaml"
 KEYS = {"id", "fingerprint", "data", "environment", "groups", "compute", "measured", "resumes"}
+OPTIONAL: dict[str, Any] = {"groups": []}  # keys that records of earlier versions lack, and what stands for them
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ def read_record(directory: Path) -> RunRecord:
     """The record of a run directory; raises CheckpointError if it is damaged."""
     path = directory / RECORD
     try:
-        record = json.loads(path.read_bytes())
+        record = {**OPTIONAL, **json.loads(path.read_bytes())}
         if set(record) != KEYS:
             raise ValueError(f"it should hold {', '.join(sorted(KEYS))}")
         Compute(**record["compute"])
@@ -100,25 +102,37 @@ def continue_run(
     """Check that a run may continue under this recipe, data and environment, and record what changed.
 
     Raises:
-        ConfigError: the recipe is another one. DataError: the data changed. CheckpointError: the record is damaged.
+        ConfigError: the recipe is another one, or its decay puts parameters into other groups. DataError: the data
+            changed. CheckpointError: the record is damaged.
     """
-    before = read_record(directory)
-    changes = check_changes(
-        load_recipe(directory / RECIPE),
-        recipe,
-        (before.data, data),
-        (before.environment, training_environment(world)),
-        allow,
-    )
+    before, started = read_record(directory), load_recipe(directory / RECIPE)
+    environment = before.environment, training_environment(world)
+    changes = check_changes(started, recipe, (before.data, data), environment, allow)
+    groups = groups_of(recipe)
+    _check_groups(before.groups or groups_of(started), groups)
     world.barrier()  # every rank has read before the leading one writes
     if world.leads:
-        groups = groups_of(recipe)
         after = RunRecord(
             **{**asdict(before), "data": data, "groups": groups, "resumes": [*before.resumes, asdict(changes)]}
         )
         _write(directory, recipe, after)
     world.barrier()
     return read_record(directory), changes
+
+
+def _check_groups(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ConfigError unless the groups hold the parameters that they held: moments are stored in their order."""
+    if [group["names"] for group in before] != [group["names"] for group in after]:
+        raise ConfigError(
+            f"optimizer.weight_decay puts the parameters into the groups {_names(after)}, and the checkpoints of this run "
+            f"hold the optimizer's state by the groups {_names(before)}: a resume with --allow optimizer may change numbers, "
+            "but a role may neither get a number of its own nor lose it. Restore the roles that it names, or train into "
+            "another directory."
+        )
+
+
+def _names(groups: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(group["group"] for group in groups) or "of one kind"
 
 
 def _write(directory: Path, recipe: Recipe, record: RunRecord) -> None:

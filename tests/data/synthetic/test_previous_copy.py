@@ -11,6 +11,7 @@ from torchstone.data.batch import IGNORE
 from torchstone.data.source import DataSource
 from torchstone.data.synthetic.previous_copy import PreviousCopyConfig
 from torchstone.data.synthetic.task import score
+from torchstone.errors import DataError
 from torchstone.recipe.registry import parse_part
 
 
@@ -48,6 +49,13 @@ def test_evaluation_at_another_length() -> None:
     assert longer.tokens_bt.shape == (4, 50) and int(longer.tokens_bt.max()) < 5
     assert torch.equal(longer.targets_bt[:, 1:], longer.tokens_bt[:, :-1])
     assert score(longer.targets_bt, longer) == 1
+
+
+@pytest.mark.parametrize("length", [1, 0, -3])
+def test_lengths_without_a_token_before_are_refused(length: int) -> None:
+    with pytest.raises(DataError, match=f"length is {length}, .*at least 2"):
+        PreviousCopyConfig().build(None).evaluation(1, 1, length=length)
+    assert next(PreviousCopyConfig().build(None).evaluation(3, 3, length=2)).tokens_bt.shape == (3, 2)
 
 
 def test_the_part_is_found_by_its_kind_and_is_a_source() -> None:

@@ -61,6 +61,17 @@ def test_layers_are_those_of_the_model_whatever_the_batches() -> None:
         assert layer.centred == pytest.approx(pairwise(states_nd - states_nd.mean(0)), abs=1e-6)
 
 
+def test_special_tokens_before_the_text_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = byte_subject()
+    monkeypatch.setattr(type(subject), "first_tokens", lambda self: [256])
+    found = anisotropy_finding(subject, texts(), tokens=80, length=8)
+    rows_nt = token_rows(subject, texts(), 8, 10)
+    assert rows_nt[:, 0].eq(256).all() and "70 tokens of text in rows of 8" in found.notes[0]
+    for row, states_btd in zip(found.tables[0].rows, subject.hidden_states(rows_nt), strict=True):
+        states_nd = states_btd[:, 1:].flatten(0, 1).double()
+        assert row[1:3] == pytest.approx((pairwise(states_nd), pairwise(states_nd - states_nd.mean(0))), abs=1e-6)
+
+
 def test_a_bad_layer_is_named() -> None:
     subject = byte_subject()
     with torch.no_grad():

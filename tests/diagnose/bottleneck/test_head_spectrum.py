@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import pytest
@@ -69,6 +70,11 @@ def test_finding_says_whether_the_head_is_tied() -> None:
     own = head_spectrum_finding(byte_subject(head={"kind": "linear", "tied": False}))
     assert "not tied" in own.answer
     assert {row[0] for row in own.tables[0].rows} >= {"effective rank", "KL to uniform (nats)"}
+
+
+def test_texts_are_not_asked_for() -> None:
+    """The command line takes from this signature what an analysis needs."""
+    assert list(inspect.signature(head_spectrum_finding).parameters) == ["subject", "seed"]
 
 
 def test_a_factored_head_shows_its_rank() -> None:

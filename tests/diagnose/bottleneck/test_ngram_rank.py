@@ -51,6 +51,15 @@ def test_counts_are_those_of_a_dictionary(order: int) -> None:
     assert count_ngrams(documents, order, 3).tolist() == expected
 
 
+def test_only_tokens_that_occur_are_numbered() -> None:
+    """Ids as large as those of current tokenizers are no obstacle, and leave the order of contexts and columns as it is."""
+    documents = [[1, 2, 3, 1, 2, 3, 1, 2, 0, 5], [1, 2, 3, 3, 9], [2, 2, 2, 2, 2, 9, 9]]
+    sparse = {0: 0, 1: 7, 2: 90, 3: 54321, 5: 100_000, 9: 128_255}
+    renamed = [[sparse[token] for token in document] for document in documents]
+    for order in (1, 3):
+        assert (count_ngrams(renamed, order, 4) == count_ngrams(documents, order, 4)).all()
+
+
 def test_no_ngram_spans_two_documents() -> None:
     assert count_ngrams([[0, 1], [2, 3]], 1, 10).sum() == 2
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from tests.support.subjects import byte_subject, texts
 
+from torchstone.diagnose.bottleneck.anisotropy import layer_anisotropy
 from torchstone.diagnose.bottleneck.saturation import measure, saturation_finding
 from torchstone.diagnose.bottleneck.saturation_law import Law, Run, excess_interval, fit_law
+from torchstone.diagnose.texts import token_rows
 from torchstone.errors import DataError
 
 SETTINGS = {"rows": 8, "length": 16}
@@ -73,6 +76,23 @@ def test_a_loss_that_turns_up_is_said_and_compared_with_larger_models() -> None:
     found = saturation_finding(series, texts(), margin=1e-6, larger=runs(), **SETTINGS)
     assert "above its best" in found.answer and "law of the larger models" in found.answer
     assert "does not turn up" in saturation_finding(series, texts(), margin=50.0, **SETTINGS).answer
+
+
+def test_a_checkpoint_whose_losses_are_not_finite_is_refused_with_the_place() -> None:
+    subject = byte_subject()
+    with torch.no_grad():
+        subject.model.blocks[1].mixer.w_o.weight[0, 0] = torch.nan
+    with pytest.raises(DataError, match="loss of nan at token 1 of row 0 .*the state after block 1"):
+        saturation_finding([(1e6, byte_subject()), (2e6, subject)], texts(), **SETTINGS)
+
+
+def test_special_tokens_before_the_text_are_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = byte_subject()
+    monkeypatch.setattr(subject, "first_tokens", lambda: [256])
+    point = measure(subject, texts(), 1e6, 8, 16)
+    rows_nt = token_rows(subject, texts(), 16, 8)
+    assert point.loss == pytest.approx(float(subject.losses(rows_nt).mean())) and rows_nt[:, 0].eq(256).all()
+    assert point.anisotropy[-1] == layer_anisotropy(subject, rows_nt, 1)[-1].raw
 
 
 def test_series_without_a_course_are_refused() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from torchstone.diagnose.distance import attended_pairs, scores
-from torchstone.diagnose.distance.attended_pairs import LayerInputs, add_attended, add_random
+from torchstone.diagnose.distance.attended_pairs import add_attended, add_random
 from torchstone.diagnose.distance.heads import DistanceSettings, HeadTable, distance_heads
 from torchstone.diagnose.distance.sums import DistanceSums, SumsBuilder
+from torchstone.diagnose.rotary import recomputed
 from torchstone.diagnose.rotary.pairs import contribution, logit_parts, random_pairs, relative_index
+from torchstone.diagnose.rotary.recomputed import LayerInputs
 from torchstone.diagnose.subject import Activations, Rotation
 from torchstone.errors import ConfigError, DataError
 
@@ -113,6 +116,7 @@ def test_fewer_queries_are_spread_evenly(queries: int, keys: int | None) -> None
 def test_blocks_equal_the_whole(monkeypatch: pytest.MonkeyPatch, keys: int | None) -> None:
     whole = sums(inputs(), 4, keys)
     monkeypatch.setattr(attended_pairs, "BLOCK_NUMBERS", 1500)
+    monkeypatch.setattr(recomputed, "BLOCK_NUMBERS", 1500)
     pieces = sums(inputs(), 4, keys)
     for name, value in vars(whole).items():
         torch.testing.assert_close(getattr(pieces, name), value, rtol=1e-5, atol=1e-5)
@@ -238,6 +242,23 @@ def test_an_offset_head_is_told_apart() -> None:
     table = score_stub(torch.cat([steep, steep]), torch.cat([steep, later]))
     assert [table.of(0).offset(head) for head in (0, 1)] == [0, 1]
     assert score_stub(0 * steep, 0 * steep).of(0).offset(0) is None
+
+
+def test_heads_without_a_score_are_left_out() -> None:
+    """A head whose queries and keys are 0 has no centre of dimension: it is neither low nor in the middle."""
+    q_htd, k_htd = (torch.cat([x, 0 * x[:1]]) for x in (inputs().q_htd, inputs().k_hsd))
+    table = score_stub(q_htd, k_htd)
+    score_h = table.column("score")
+    assert score_h.isnan().tolist() == [False] * HEADS + [True] and table.undefined() == 1
+    assert table.lowest(HEADS + 1) == [(0, head) for head in score_h[:HEADS].argsort().tolist()]
+    assert (0, HEADS) not in table.ranked()
+
+
+def test_a_head_without_a_mean_distance_does_not_bar_its_layer() -> None:
+    scored = score_stub(inputs().q_htd, inputs().k_hsd).of(0)
+    distance_h = torch.tensor([torch.nan, 1.0, 3.0], dtype=torch.float64)
+    positive = replace(scored, score_h=torch.ones(HEADS, dtype=torch.float64), mean_distance_h=distance_h)
+    assert positive.eligible().tolist() == [False, False, True]
 
 
 def test_another_definition_can_be_dropped_in() -> None:

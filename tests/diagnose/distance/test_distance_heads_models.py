@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -103,3 +104,51 @@ def test_a_finding_refuses_what_it_cannot_honour() -> None:
         positional_heads_finding(subject, texts(), max_length=6)
     with pytest.raises(ConfigError, match="allowed: attended, random"):
         positional_heads_finding(subject, texts(), max_length=64, pairs="all")  # type: ignore[arg-type]
+
+
+def test_rows_have_the_length_of_training_at_most_and_a_note_beyond() -> None:
+    subject = byte_subject()  # trained on 32 tokens, reads more
+    finding = positional_heads_finding(subject, texts(length=80), sequences=2)
+    assert finding.notes[0].startswith("2 rows of 32 tokens") and not any("Rows are longer" in n for n in finding.notes)
+    beyond = positional_heads_finding(subject, texts(length=80), sequences=2, max_length=64)
+    assert "Rows are longer than the 32 tokens that the model was trained on." in beyond.notes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"top": 0.0}, "top is 0; give a share of the heads above 0 and at most 1"),
+        ({"top": 1.5}, "top is 1.5"),
+        ({"ablate": "window"}, "ablation mode 'window' needs `window`"),
+        ({"ablate": "window", "window": 0}, "window was given as 0"),
+        ({"ablate": "half"}, "ablation mode 'half' does not exist"),
+        ({"window": 4}, "a window is for ablate='window'"),
+    ],
+)
+def test_settings_are_checked_before_a_text_is_read(
+    settings: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subject, read = byte_subject(), []
+    monkeypatch.setattr(subject, "encode", read.append)
+    with pytest.raises(ConfigError, match=message):
+        positional_heads_finding(subject, texts(), **settings)
+    assert read == []
+
+
+def test_heads_without_a_shift_are_left_out_and_counted() -> None:
+    subject = byte_subject(width=32)  # 4 heads in each of 2 layers
+    mixer: Any = subject.model.get_submodule("blocks.0.mixer")
+    with torch.no_grad():
+        mixer.w_q.weight[:8] = 0  # queries of head 0
+    finding = positional_heads_finding(subject, texts(length=80), sequences=2)
+    heads = numbers(finding, "heads")
+    assert heads[0][2] is None and all(isinstance(row[2], float) for row in heads[1:])
+    assert any(note.startswith("Heads without a shift, left out: 1 ") for note in finding.notes)
+
+
+def test_a_loss_that_is_not_finite_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = byte_subject(width=32)
+    own = subject.losses
+    monkeypatch.setattr(subject, "losses", lambda rows_bt: own(rows_bt) + torch.nan)
+    with pytest.raises(DataError, match="'early' is nan without any ablation"):
+        positional_heads_finding(subject, texts(length=80), sequences=2, top=1.0, ablate="mean")

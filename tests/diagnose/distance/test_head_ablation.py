@@ -10,7 +10,7 @@ from subjects import byte_subject
 
 from torchstone.diagnose.distance import ablation as head_ablation
 from torchstone.diagnose.distance.ablation import Increase, ablation_report, increases, random_like
-from torchstone.errors import ConfigError
+from torchstone.errors import ConfigError, DataError
 
 
 def test_random_heads_are_as_many_per_layer_and_never_the_same_set() -> None:
@@ -67,3 +67,12 @@ def test_what_cannot_be_ablated_is_refused() -> None:
         increases(subject, dict, [(0, 0)], draws=5)
     with pytest.raises(ConfigError, match="window"):
         ablation_report(subject, tokens_bt, [(0, 0)], mode="window")
+
+
+def test_a_measurement_that_is_not_finite_is_an_error_that_names_the_heads() -> None:
+    subject = byte_subject(width=32)
+    values = iter([1.0, 2.0, float("inf")])
+    with pytest.raises(DataError, match=r"'loss' is inf without the heads [01]\.[0-3], so that no rise"):
+        increases(subject, lambda: {"loss": next(values)}, [(0, 1)])
+    with pytest.raises(DataError, match="'loss' is nan without any ablation"):
+        increases(subject, lambda: {"loss": float("nan")}, [(0, 1)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torchstone.diagnose.adapters import open_subject
 from torchstone.diagnose.gradients.capture import Capture, select_matrices
 from torchstone.diagnose.gradients.comparison import compare_curves, mean_curve, thirds, variation
 from torchstone.diagnose.gradients.layer_gradients import layer_gradients_finding
-from torchstone.diagnose.gradients.pairs import Example, Pair, halved, matched, read_pairs, rotated, tokenise
+from torchstone.diagnose.gradients.pairs import Example, Pair, tokenise
 from torchstone.diagnose.gradients.profile import gradient_profile, mean_losses
 from torchstone.diagnose.gradients.ratio import ratio_of
 from torchstone.diagnose.gradients.spectra import STATS, Factors, gradient_singular_values
@@ -353,46 +354,7 @@ def test_boundaries(plain: Subject) -> None:
         tokenise(plain, pair, "offsets")  # type: ignore[arg-type]
 
 
-def test_matched_scores_fewer_of_the_same_tokens() -> None:
-    example = Example.of(range(20), 5, "x")
-    fewer = matched(example, 4, np.random.default_rng(0))
-    assert len(fewer.scored) == 4 and set(fewer.scored) < set(example.scored) and fewer.tokens == example.tokens
-    assert matched(example, 40, np.random.default_rng(0)) is example
-
-
-def test_pairs_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "pairs.jsonl"
-    rows = [
-        {"id": 7, "prompt": "a", "response": "b", "style": "fast"},
-        {"text": "question answer", "response": "answer", "style": "slow"},
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)) + "\n\n")
-    assert read_pairs(path, "style") == [Pair("a", "b", "7", "fast"), Pair("question ", "answer", "2", "slow")]
-    assert [pair.response for pair in rotated(read_pairs(path))] == ["answer", "b"]
-    for line, message in (
-        ("{", "is not JSON"),
-        ("[1]", "this one is list"),
-        ('{"prompt": "a"}', "found the fields prompt"),
-        ('{"text": "a", "response": "b"}', "is not found in the text"),
-        ('{"text": "a", "response": ""}', "is not found in the text"),
-    ):
-        path.write_text('{"prompt": "a", "response": "b"}\n' + line)
-        with pytest.raises(DataError, match=message) as error:
-            read_pairs(path)
-        assert f"{path}:2" in str(error.value)
-    path.write_text("")
-    with pytest.raises(DataError, match="holds no pairs"):
-        read_pairs(path)
-    with pytest.raises(DataError, match="cannot be read"):
-        read_pairs(tmp_path / "absent.jsonl")
-
-
-def test_texts_are_parted_at_a_space() -> None:
-    assert halved(["one two three four", "single"]) == [Pair("one two", " three four", "0")]
-    many = halved(["a " * 900] * 100)
-    assert len(many) == 64 and len((many[0].prompt + many[0].response).split()) == 200
-    with pytest.raises(DataError, match="two words"):
-        halved(["single"])
+CONTROLS = (", untrained model", ", divided by loss")
 
 
 def _pairs() -> list[Pair]:
@@ -403,20 +365,77 @@ def _pairs() -> list[Pair]:
 def test_the_finding_stands_next_to_its_controls(plain: Subject) -> None:
     finding = layer_gradients_finding(plain, pairs=_pairs())
     rows = {row[:2]: row for row in finding.tables[0].rows}
-    assert {key[1] for key in rows} == {"own", "irrelevant", "own, untrained model"} and len(rows) == 6
+    variants = ("own", "irrelevant", "own, untrained model", "irrelevant, untrained model")
+    assert {key[1] for key in rows} == set(variants) and len(rows) == 8
     ratios = {row[0]: row for row in finding.tables[1].rows}
     assert ratios["slow / fast"][1] < 0.8 and ratios["slow / fast"][5] == "yes"
     assert abs(ratios["slow / fast, matched tokens"][1] - 1) < abs(ratios["slow / fast"][1] - 1)
     assert {
         "slow / fast, untrained model",
         "slow / fast, untrained model, matched tokens",
-        "fast: irrelevant / own",
-    } <= set(ratios)
+        "slow / fast, matched tokens, divided by loss",
+        *(f"{name}: irrelevant / own{control}" for name in ("fast", "slow") for control in ("", *CONTROLS)),
+    } == set(ratios) - {"slow / fast", "slow / fast, matched tokens"}
     assert any(note.startswith("Warning: slow has") for note in finding.notes)
-    assert "untrained" in finding.answer and finding.figures and finding.paper[0].ours
+    assert finding.figures and finding.paper[0].ours
     ranking = next(table for table in finding.tables if table.title == "Examples by gradient: slow")
     assert [row[2] for row in ranking.rows] == sorted((row[2] for row in ranking.rows), reverse=True)
     assert finding.model_dump_json() == layer_gradients_finding(plain, pairs=_pairs()).model_dump_json()
+
+
+FACTOR = r"×([\d.]+) \[[^]]*\]"
+
+
+def test_the_answer_has_every_control_beside_its_number(plain: Subject) -> None:
+    """The untrained model is matched where the number beside it is, and divided by the loss stands there too."""
+    third = [Pair(p.prompt, f"z{p.id}.", p.id, "third") for p in _pairs() if p.condition == "fast"]
+    finding = layer_gradients_finding(plain, pairs=[*_pairs(), *third])
+    ratios = {row[0]: row[1] for row in finding.tables[1].rows}
+
+    def answered(words: str, names: list[str]) -> bool:
+        found = re.search(words, finding.answer)
+        return found is not None and [float(x) for x in found.groups()] == pytest.approx(
+            [ratios[n] for n in names], 1e-2
+        )
+
+    first = (
+        rf"^Gradients of slow are {FACTOR} those of fast \(untrained model: {FACTOR}\); with as many scored tokens {FACTOR} "
+        rf"\(untrained model: {FACTOR}\), and divided by the loss besides, {FACTOR}\. 1 more contrast is in the table"
+    )
+    controls = (", untrained model", ", matched tokens", ", untrained model, matched tokens")
+    assert answered(first, [f"slow / fast{x}" for x in ("", *controls, ", matched tokens, divided by loss")])
+    foreign = rf"fast: {FACTOR} \(untrained model: {FACTOR}; divided by the loss: {FACTOR}\)"
+    assert answered(foreign, [f"fast: irrelevant / own{control}" for control in ("", *CONTROLS)])
+    alike = "third / fast, divided by loss"
+    assert alike in ratios and "third / fast, matched tokens" not in ratios
+    finding = layer_gradients_finding(plain, pairs=[p for p in [*_pairs(), *third] if p.condition != "slow"])
+    assert answered(
+        rf"\(untrained model: {FACTOR}\); divided by the loss, {FACTOR}\.", ["third / fast, untrained model", alike]
+    )
+    assert "more contrast" not in finding.answer
+
+
+def test_ratios_divided_by_the_loss_are_those_of_normalised_profiles(plain: Subject) -> None:
+    raw, loss = (gradient_profile(plain, _examples(12), normalize=n) for n in (None, "loss"))
+    tokens = gradient_profile(plain, _examples(12), normalize="tokens")
+    for profile in (raw, tokens, loss):
+        found = profile.normalised("loss")
+        assert found.normalize == "loss"
+        torch.testing.assert_close(found.statistic(), loss.statistic())
+    assert torch.equal(raw.normalised("loss").statistic("effective_rank"), raw.statistic("effective_rank"))
+    with pytest.raises(ConfigError, match="divided by the loss already"):
+        loss.normalised(None)
+
+
+def test_examples_are_cut_at_the_length_of_training(plain: Subject) -> None:
+    """The decoder was trained on 64 tokens; a 65th is only predicted."""
+    long = Example.of([i % VOCAB for i in range(90)], 60, "long")
+    assert gradient_profile(plain, [long]).targets_n.tolist() == [5]
+    assert gradient_profile(plain, [long], max_length=80).targets_n.tolist() == [20]
+    pairs = [Pair("a" * 60, "bcd" * 10, "1"), Pair("a" * 50, "cd", "2")]
+    assert not any("longer than the" in note for note in layer_gradients_finding(plain, pairs=pairs).notes)
+    beyond = layer_gradients_finding(plain, pairs=pairs, max_length=70)
+    assert "Examples longer than the 64 tokens that the model was trained on: 1." in beyond.notes
 
 
 def test_a_model_without_finite_gradients_has_a_finding_that_says_so(plain: Subject) -> None:
@@ -448,7 +467,7 @@ def test_the_finding_reads_files_and_texts(plain: Subject, tmp_path: Path) -> No
     assert ratios["slow / fast"][5] == "no"  # without ids of their own, rows are told apart by their lines
     assert any("normalised by tokens" in note for note in finding.notes)
     alone = layer_gradients_finding(plain, ["some words to part", "and some more of them"])
-    assert [row[0] for row in alone.tables[0].rows] == ["all pairs"] * 3
+    assert [row[0] for row in alone.tables[0].rows] == ["all pairs"] * 4
     with pytest.raises(DataError, match="needs pairs"):
         layer_gradients_finding(plain)
     with pytest.raises(DataError, match="some pairs have no condition"):

@@ -8,10 +8,22 @@ from typing import Any
 
 import pytest
 import torch
+from subjects import byte_subject
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchstone.diagnose.rotary.frequency_usage import OFFSETS, LayerUsage, frequency_usage, pair_norms
+from torchstone.diagnose.rotary.frequency_usage import (
+    OFFSETS,
+    LayerUsage,
+    _masses,
+    _recomputed_masses,
+    frequency_usage,
+    pair_norms,
+    share,
+)
+from torchstone.diagnose.rotary.recomputed import LayerInputs
 from torchstone.diagnose.rotary.rope_usage import OffsetHead, offset_heads, rope_usage_finding
+from torchstone.diagnose.rotary.rope_usage_tables import mean_share, usage_shares, usage_table
 from torchstone.diagnose.rotary.theory import rotated, spread
 from torchstone.diagnose.subject import Activations, AttentionLayer, Rotation, Subject
 from torchstone.errors import ConfigError, DataError
@@ -23,12 +35,17 @@ TEXT = "the quick brown fox jumps over the lazy dog, again and again and again. 
 
 
 class Planted(Subject):
-    """One layer made by hand: queries, keys and values are given before rotation, [b, h, t, d]; keys may be grouped."""
+    """One layer made by hand: queries, keys and values are given before rotation, [b, h, t, d]; keys may be grouped.
+
+    `sink` is added to the scores of the first key, which queries and keys do not show. `asked` notes who asked for maps.
+    """
 
     name, architecture, vocab_size, width, max_length = "planted", "hand-made", 256, 8, None
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor | None, turning: bool = True) -> None:
-        self.model = nn.Linear(1, 1)
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, frequencies: Tensor | None, turning: bool = True, sink: float = 0.0
+    ) -> None:
+        self.model, self.sink, self.asked = nn.Linear(1, 1), sink, list[bool]()
         layer: Any = SimpleNamespace(index=0, name="layer", heads=q.shape[1], kv_heads=k.shape[1], window=None)
         layer.head_dim, layer.value_dim = q.shape[-1], v.shape[-1]
         layer.rotation = None if frequencies is None else Rotation(frequencies, "by hand")
@@ -38,15 +55,21 @@ class Planted(Subject):
         self.turning = turning
 
     def visit(self, tokens_bt: Tensor, look: Any, *, weights: bool = False, layers: Any = None) -> None:
-        assert weights and tokens_bt.shape[1] == self.q.shape[2]
+        assert tokens_bt.shape[1] == self.q.shape[2]
+        self.asked.append(weights)
         rotation = self.layers[0].rotation
         assert rotation is not None
         angle = torch.arange(tokens_bt.shape[1]).double()[:, None] * rotation.frequencies_m
         q, k = ((turn(x, angle.cos(), angle.sin(), "half") if self.turning else x) for x in (self.q, self.k))
-        hidden = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu(1)
-        maps = (q @ k.transpose(-1, -2)).masked_fill(hidden, -torch.inf).softmax(-1).float()
-        rows = [x.expand(tokens_bt.shape[0], *x.shape[1:]) for x in (q.float(), k.float(), self.v.float(), maps)]
-        look(self.layers[0], Activations(*rows, heads_bthe=self.v.float().transpose(1, 2), scale=1.0))
+        steps = torch.arange(q.shape[2])
+        distance = steps[:, None] - steps
+        hidden = (distance < 0) | (distance >= (self.layers[0].window or len(steps)))
+        scores = q @ k.transpose(-1, -2)
+        scores[..., 0] += self.sink
+        maps = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        heads = (maps @ self.v).transpose(1, 2)
+        q, k, v, maps, heads = (x.float().expand(tokens_bt.shape[0], *x.shape[1:]) for x in (q, k, self.v, maps, heads))
+        look(self.layers[0], Activations(q, k, v, maps if weights else None, heads, scale=1.0))
 
     def _none(self, *args: Any, **settings: Any) -> Any:
         raise NotImplementedError
@@ -147,7 +170,7 @@ def test_values_are_split_the_same_way() -> None:
 def test_rows_are_averaged_and_may_be_seen_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     subject = planted({1: 0})
     whole = frequency_usage(subject, tokens(rows=5))
-    monkeypatch.setattr("torchstone.diagnose.rotary.frequency_usage.MAP_NUMBERS", 1)
+    monkeypatch.setattr("torchstone.diagnose.rotary.frequency_usage.HELD_NUMBERS", 1)
     parts = frequency_usage(subject, tokens(rows=5))
     for name in ("q_um", "v_hn", "mass_oh", "aligned_u"):
         torch.testing.assert_close(getattr(whole[0], name), getattr(parts[0], name))
@@ -162,12 +185,105 @@ def test_a_sink_on_the_first_token_is_no_offset() -> None:
 
 
 def test_signed_weights_are_taken_as_shares() -> None:
+    """Of Σ|weight|, so that a weight of 1.5 beside one of −0.5 is three quarters."""
+    steps = torch.arange(LENGTH)
+    weights_bhts = torch.zeros(1, 2, LENGTH, LENGTH)
+    weights_bhts[0, 0, steps, steps], weights_bhts[0, 0, 1:, 0] = 1.5, -0.5
+    weights_bhts[0, 1, steps[1:], steps[1:] - 1], weights_bhts[0, 1, steps[3:], steps[3:] - 3] = -0.2, 0.6
+    expected_ho = torch.zeros(2, OFFSETS, dtype=torch.float64)
+    expected_ho[0, 0], expected_ho[1, 1], expected_ho[1, 3] = 0.75, -0.25, 0.75
+    torch.testing.assert_close(_masses(weights_bhts)[0], expected_ho, atol=1e-7, rtol=0)
+
+
+def test_offset_heads_are_those_above_the_threshold() -> None:
     usage = _usage_with_mass(torch.tensor([[0.2, 0.95], [0.96, 0.01]]))
     assert offset_heads([usage]) == [
         OffsetHead(0, 0, -1, pytest.approx(0.96)),
         OffsetHead(0, 1, 0, pytest.approx(0.95)),
     ]
     assert offset_heads([usage], threshold=0.99) == []
+
+
+def _mapped(subject: Planted) -> Tensor:
+    """Masses [o, h] of the subject's own maps."""
+    found: list[Tensor] = []
+    subject.visit(tokens(), lambda layer, seen: found.append(_masses(seen.weights_bhts)[0].T), weights=True)
+    subject.asked.clear()
+    return found[0]
+
+
+@pytest.mark.parametrize("numbers", [1 << 22, 300, 1])
+@pytest.mark.parametrize("window", [None, 5])
+def test_masses_are_computed_again_without_maps(
+    monkeypatch: pytest.MonkeyPatch, window: int | None, numbers: int
+) -> None:
+    monkeypatch.setattr("torchstone.diagnose.rotary.recomputed.BLOCK_NUMBERS", numbers)
+    subject = planted({1: 0, 2: 1})
+    subject.layers[0].window = window
+    expected_oh = _mapped(subject)
+    (usage,) = frequency_usage(subject, tokens(rows=2))
+    torch.testing.assert_close(usage.mass_oh, expected_oh, atol=1e-6, rtol=0)
+    assert subject.asked == [False]
+
+
+def test_maps_are_read_where_queries_and_keys_do_not_explain_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = planted({1: 0})
+    subject.sink = 4.0
+    expected_oh = _mapped(subject)
+    monkeypatch.setattr("torchstone.diagnose.rotary.frequency_usage.HELD_NUMBERS", 1)
+    (usage,) = frequency_usage(subject, tokens(rows=2))
+    torch.testing.assert_close(usage.mass_oh, expected_oh)
+    assert subject.asked == [False, False, True, True]
+    subject.sink = 0.0
+    assert float((_mapped(subject) - expected_oh).abs().max()) > 0.05  # so that recomputed ones would be wrong
+
+
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.numbers = max(self.numbers, found.untyped_storage().nbytes() // found.element_size())
+        return found
+
+
+def test_memory_does_not_grow_with_the_square_of_the_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchstone.diagnose.rotary.recomputed.BLOCK_NUMBERS", 1 << 16)
+    length, heads = 1024, 4
+    q, k, v = (random(heads, length, seed=seed)[0].float() for seed in range(3))
+    with Largest() as largest:
+        _recomputed_masses(LayerInputs(q, k, v, None, None, 1.0, None))
+    assert largest.numbers <= 1 << 16 < heads * length * length // 50
+
+
+def test_heads_that_use_nothing_are_left_out_of_means() -> None:
+    """A head whose keys are 0 has no shares: the mean is that of the others, and the tables have an empty cell."""
+    whole, dead = planted({}), planted({})
+    dead.k[:, 2] = 0
+    (usage,), (other,) = frequency_usage(dead, tokens()), frequency_usage(whole, tokens())
+    kept = [0, 1, 3]
+    assert bool(usage.slow_share_u[2].isnan())
+    assert mean_share([usage], "slow_share_u") == pytest.approx(float(other.slow_share_u[kept].mean()))
+    assert usage.slow_energy[1] == pytest.approx(
+        float(share(other.k_energy_um, other.fastest_first_m[-1:])[kept].mean())
+    )
+    parts_um = other.product_um / other.product_um.sum(1, keepdim=True)
+    torch.testing.assert_close(usage_shares(usage), parts_um[kept].mean(0))
+    assert usage_table([usage], [other]).rows[2][4] is None
+
+
+def test_rows_have_the_length_of_training_at_most_and_a_note_beyond() -> None:
+    short = planted({})
+    short.max_length = LENGTH
+    finding = rope_usage_finding(short, [TEXT], count=2)
+    assert finding.notes[0].startswith(f"2 rows of {LENGTH} tokens")
+    decoder = byte_subject()  # trained on 32 tokens
+    assert rope_usage_finding(decoder, [TEXT], count=2).notes[0].startswith("2 rows of 32 tokens")
+    beyond = rope_usage_finding(decoder, [TEXT], count=2, length=40)
+    assert "Rows are longer than the 32 tokens that the model was trained on." in beyond.notes
 
 
 def _usage_with_mass(mass_oh: Tensor) -> LayerUsage:

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
 
 from torchstone.diagnose.adapters import open_subject
-from torchstone.diagnose.rotary.frequency_usage import frequency_usage
+from torchstone.diagnose.rotary.frequency_usage import _masses, frequency_usage
 from torchstone.diagnose.rotary.rope_usage import offset_heads, rope_usage_finding
 from torchstone.diagnose.rotary.theory import rotated, spread
+from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError
 from torchstone.recipe.registry import parse_part
 
@@ -107,8 +109,42 @@ def test_pairs_of_p_rope_that_stand_still_are_named() -> None:
 
 def test_differential_attention_has_usage_by_sub_head_and_masses_by_head() -> None:
     part = {"kind": "decoder", "width": 32, "depth": 1, "head_dim": 8, "block": {"mixer": {"kind": "differential"}}}
-    (usage,) = frequency_usage(open_subject(parse_part("model", part).build(256, 64, 0)), rows())
+    subject = open_subject(parse_part("model", part).build(256, 64, 0))
+    (usage,) = frequency_usage(subject, rows())
     assert usage.q_um.shape[0] == 2 * usage.mass_oh.shape[1]
+    torch.testing.assert_close(usage.mass_oh, own_masses(subject)[0])
+
+
+def own_masses(subject: Subject) -> list[torch.Tensor]:
+    """Masses [o, h] of every layer's own maps, mean over `rows`."""
+    found = []
+    subject.visit(rows(), lambda layer, seen: found.append(_masses(seen.weights_bhts).mean(0).T), weights=True)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("family", "asked"),
+    [("Llama", []), ("Mistral", []), ("Cohere", []), ("Gemma2", [0, 1]), ("GptOss", [0, 1])],
+)
+def test_masses_are_those_of_the_models_own_maps(
+    family: str, asked: list[int], family_subject: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Grouped keys, windows and interleaved channels are computed again; a cap on the scores and sinks need the maps."""
+    capped = open_subject(tiny_model("Gemma2", attn_logit_softcapping=1.0)) if family == "Gemma2" else None
+    subject = capped or family_subject(family)
+    tokens_bt = rows() % 48
+    expected: list[torch.Tensor] = []
+    subject.visit(tokens_bt, lambda layer, seen: expected.append(_masses(seen.weights_bhts).mean(0).T), weights=True)
+    visit, maps = subject.visit, []
+
+    def watched(*given: Any, weights: bool = False, layers: Any) -> None:
+        maps.extend(layers if weights else [])
+        visit(*given, weights=weights, layers=layers)
+
+    monkeypatch.setattr(subject, "visit", watched)
+    for usage, mass_oh in zip(frequency_usage(subject, tokens_bt), expected, strict=True):
+        torch.testing.assert_close(usage.mass_oh, mass_oh, atol=1e-6, rtol=0)
+    assert maps == asked
 
 
 def test_a_model_with_learned_positions_is_refused() -> None:

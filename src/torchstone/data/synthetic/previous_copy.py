@@ -24,6 +24,7 @@ from pydantic import Field
 from torchstone.data.batch import IGNORE, Batch
 from torchstone.data.keyed import Keys, integers
 from torchstone.data.synthetic.task import Rows, Task
+from torchstone.errors import DataError
 from torchstone.recipe.part import Part
 
 
@@ -73,7 +74,15 @@ class PreviousCopy(Task):
         return tokens_bt, targets_bt
 
     def evaluation(self, size: int, sequences: int, length: int | None = None) -> Iterator[Batch]:
-        """Held-out items in batches of `size`, of another `length` if one is given."""
+        """Held-out items in batches of `size`, of another `length` if one is given.
+
+        Raises:
+            DataError: no token of that length has one before it.
+        """
         if length is None:
             return super().evaluation(size, sequences)
+        if length < 2:
+            raise DataError(
+                f"length is {length}, and only the second token has one before it to copy; give at least 2."
+            )
         return PreviousCopy(self.settings.model_copy(update={"length": length})).evaluation(size, sequences)

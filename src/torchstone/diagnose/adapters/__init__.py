@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from torchstone.diagnose.adapters.loading import CONFIG, import_transformers, load_model, load_tokenizer
+from torchstone.diagnose.adapters.loading import CONFIG, import_transformers, load_model, load_tokenizer, usable_device
 from torchstone.diagnose.adapters.text_codec import TextCodec
 from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError
@@ -24,7 +24,7 @@ from torchstone.models.decoder import Decoder
 from torchstone.train.record import RECIPE
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_NAMED = frozenset({"q", "k", "v", "o", "qkv"})
+NAMED = frozenset({"q", "k", "v", "o", "qkv"})  # projections whose modules may be named
 
 
 def open_subject(
@@ -45,13 +45,14 @@ def open_subject(
         tokenizer: path, hub id or tokenizer in place of the model's own.
         revision: commit, tag or branch of a hub id.
         step: checkpoint of a run directory; None takes the newest.
-        device: None leaves the model where it is, which is the CPU for one that is loaded here.
+        device: cpu or a GPU that is there; None leaves the model where it is, which is the CPU for one that is loaded here
+            (`usable_device(None)` is the first GPU where there is one).
         dtype: None means float32 for a model that is loaded here, and the type that a model in memory has.
         trust_remote_code: run the code that comes with a Hugging Face model.
         names: regular expressions for modules of unknown name: {"q": "my_queries", …}, see `adapters.projections`.
 
     Raises:
-        ConfigError: nothing that can be analysed, or an option that the source cannot honour.
+        ConfigError: nothing that can be analysed, an option that the source cannot honour, or no such device.
         DataError, CheckpointError: files are missing or damaged. DependencyError: transformers is not installed.
 
     A model in memory is put into evaluation mode and moved to `device`.
@@ -59,6 +60,7 @@ def open_subject(
     options = {"revision": revision, "step": step, "trust_remote_code": trust_remote_code or None, "names": names}
     kind = _kind(source)
     _refuse(source, options, _HONOURED[kind])
+    device = None if device is None else usable_device(device)
     if isinstance(source, nn.Module):
         if dtype is not None and next(source.parameters()).dtype != dtype:
             raise ConfigError(
@@ -109,9 +111,9 @@ def _refuse(source: Any, options: Mapping[str, Any], honoured: tuple[str, ...]) 
     idle = [name for name, value in options.items() if value is not None and name not in honoured]
     if idle:
         raise ConfigError(f"{idle[0]} was given and has no meaning for {_short(source)}; leave it out.")
-    unknown = set(options["names"] or {}) - _NAMED
+    unknown = set(options["names"] or {}) - NAMED
     if unknown:
-        raise ConfigError(f"names has {sorted(unknown)[0]!r}; known are {', '.join(sorted(_NAMED))}.")
+        raise ConfigError(f"names has {sorted(unknown)[0]!r}; known are {', '.join(sorted(NAMED))}.")
 
 
 def _short(source: Any) -> str:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from torchstone.diagnose.adapters.ablation import Ablation, ablate_heads, make_ablation
 from torchstone.diagnose.adapters.layers import HuggingFaceLayer
-from torchstone.diagnose.adapters.losses import losses_of, targets_of
+from torchstone.diagnose.adapters.losses import finite_losses, losses_of, targets_of
 from torchstone.diagnose.adapters.probe import probe, run
 from torchstone.diagnose.adapters.projections import is_quantised
 from torchstone.diagnose.adapters.record import Recorder, make_recorder
@@ -78,6 +78,10 @@ class HuggingFaceSubject(Subject):
         """See `Subject`."""
         return self._codec.encode(text)
 
+    def first_tokens(self) -> list[int]:
+        """See `Subject`."""
+        return self._codec.first_tokens()
+
     def decode(self, tokens: Sequence[int]) -> str:
         """See `Subject`."""
         return self._codec.decode(tokens)
@@ -91,9 +95,11 @@ class HuggingFaceSubject(Subject):
         """See `Subject`. Heads of unknown form give all logits of one row at a time."""
         targets_bt = targets_of(tokens_bt, last)
         if self._whole_head:
-            rows = zip(tokens_bt.split(1), targets_bt.split(1), strict=True)
-            return torch.cat([losses_of(self.logits(row), y, lambda x: x, self._rows) for row, y in rows])
-        return losses_of(self._trunk(tokens_bt), targets_bt, self._head_logits, self._rows)
+            rows = zip(tokens_bt[:, :-1].split(1), targets_bt.split(1), strict=True)
+            losses_bt = torch.cat([losses_of(self.logits(row), y, lambda x: x, self._rows) for row, y in rows])
+        else:
+            losses_bt = losses_of(self._trunk(tokens_bt[:, :-1]), targets_bt, self._head_logits, self._rows)
+        return finite_losses(self, losses_bt, tokens_bt)
 
     @torch.no_grad()
     def hidden_states(self, tokens_bt: Tensor) -> tuple[Tensor, ...]:

@@ -9,12 +9,14 @@ Pitfall: transformers fills weights that a checkpoint lacks with random numbers 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchstone.errors import ConfigError, DataError, DependencyError
+from torchstone.train.precision import default_device
 
 CONFIG = "config.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "tokenizer.model", "vocab.txt")
@@ -28,6 +30,24 @@ def import_transformers() -> Any:
     except ImportError as error:
         raise DependencyError("Hugging Face models need transformers: pip install 'torchstone[hf]'") from error
     return transformers
+
+
+def usable_device(given: torch.device | str | None) -> torch.device:
+    """A device by its name; None is the first GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: no name of a device, or of one that is not here. Analyses need fp64, which the CPU and CUDA have.
+    """
+    if given is None:
+        return default_device()
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    device: torch.device | None = None
+    with suppress(RuntimeError):  # no name of a device that torch knows
+        device = torch.device(given)
+    if device is not None and (device.index or 0) < {"cpu": 1, "cuda": gpus}.get(device.type, 0):
+        return device
+    there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(gpus))])
+    raise ConfigError(f"there is no device {str(given)!r} for an analysis; this machine has: {there}.")
 
 
 def load_model(source: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> Any:

@@ -1,6 +1,7 @@
 """One face for the tokenizers of transformers and of torchstone; loaded when first needed.
 
-Special tokens are never added, and a model without a tokenizer works until text is to be encoded.
+Encoding never adds special tokens; those that the tokenizer itself would put before a text are `first_tokens`. A model without
+a tokenizer works until text is to be encoded.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from functools import cached_property
 from typing import Any
 
 from torchstone.errors import ConfigError
+
+PROBE = "a"  # any text of at least one token
 
 
 class TextCodec:
@@ -37,10 +40,21 @@ class TextCodec:
     def encode(self, text: str) -> list[int]:
         """Token ids; raises ConfigError where there is no tokenizer."""
         if self._tokenizer is None:
-            raise ConfigError(f"{self._name} has no tokenizer; give one: tokenizer=PATH.")
+            raise ConfigError(f"{self._name} has no tokenizer; give one: --tokenizer PATH (tokenizer=PATH in Python).")
         if callable(self._tokenizer):
             return list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return list(self._tokenizer.encode(text))
+
+    def first_tokens(self) -> list[int]:
+        """What the tokenizer, asked for special tokens, puts before a text: BOS for Llama and Gemma, nothing for GPT-2 and Qwen.
+
+        Tokenizers of torchstone put nothing there, and neither does a model without one.
+        """
+        if not callable(self._tokenizer):
+            return []
+        plain, whole = self.encode(PROBE), list(self._tokenizer(PROBE, verbose=False)["input_ids"])
+        places = (at for at in range(len(whole) - len(plain), -1, -1) if whole[at : at + len(plain)] == plain)
+        return whole[: next(places, 0)] if plain else []
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text; ids as numbers where there is no tokenizer."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchstone.diagnose.adapters.ablation import make_ablation
-from torchstone.diagnose.adapters.losses import losses_of, targets_of
+from torchstone.diagnose.adapters.losses import finite_losses, losses_of, targets_of
 from torchstone.diagnose.adapters.mixers import ablated, watched
 from torchstone.diagnose.adapters.record import make_recorder
 from torchstone.diagnose.adapters.text_codec import TextCodec
@@ -129,7 +129,9 @@ class TorchstoneSubject(Subject):
     def losses(self, tokens_bt: Tensor, last: int | None = None) -> Tensor:
         """See `Subject`."""
         targets_bt = targets_of(tokens_bt, last)
-        return losses_of(self.model(tokens_bt).hidden_btd, targets_bt, self.model.logits, self.vocab_size)
+        hidden_btd = self.model(tokens_bt[:, :-1]).hidden_btd
+        losses_bt = losses_of(hidden_btd, targets_bt, self.model.logits, self.vocab_size)
+        return finite_losses(self, losses_bt, tokens_bt)
 
     @torch.no_grad()
     def hidden_states(self, tokens_bt: Tensor) -> tuple[Tensor, ...]:

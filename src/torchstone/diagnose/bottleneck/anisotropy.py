@@ -11,7 +11,8 @@ a direction that all tokens share: many models that look anisotropic are isotrop
 Shapes: n tokens · t tokens of a row · d channels.
 
 Pitfalls: tokens should come from different documents, since neighbours are alike. States of the first token of a row are often
-outliers in large models; they count like any other here.
+outliers in large models; they count like any other here, except that special tokens before the text (BOS), which are the same in
+every row, are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchstone.diagnose.adapters.losses import state_names
 from torchstone.diagnose.subject import Subject
 from torchstone.diagnose.texts import token_rows
 from torchstone.errors import DataError
@@ -65,7 +67,7 @@ def anisotropy(states_nd: Tensor, name: str = "these states") -> float:
     return _mean_cosine(_unit(states_nd, name, 0).sum(0), states_nd.shape[0])
 
 
-def layer_anisotropy(subject: Subject, tokens_nt: Tensor) -> list[LayerAnisotropy]:
+def layer_anisotropy(subject: Subject, tokens_nt: Tensor, skip: int = 0) -> list[LayerAnisotropy]:
     """Both numbers after the embedding, after every block and after the final norm.
 
     The model runs twice, so that no more than a few rows of states are ever held.
@@ -73,39 +75,37 @@ def layer_anisotropy(subject: Subject, tokens_nt: Tensor) -> list[LayerAnisotrop
     Args:
         subject: the model.
         tokens_nt: int64 rows of equal length, best each from another document.
+        skip: tokens at the start of every row that are context and do not count, such as `subject.first_tokens()`.
 
     Raises:
         DataError: fewer than two tokens, or a state that is zero or not finite; names layer and token.
     """
-    count = tokens_nt.numel()
+    count = tokens_nt[:, skip:].numel()
     if count < 2:
         raise DataError(f"anisotropy compares different tokens, so it needs at least 2; {count} were given.")
-    means, raw = _sums(subject, tokens_nt, None)
-    _, centred = _sums(subject, tokens_nt, [mean_d / count for mean_d in means])
-    names = layer_names(len(raw))
+    means, raw = _sums(subject, tokens_nt, skip, None)
+    _, centred = _sums(subject, tokens_nt, skip, [mean_d / count for mean_d in means])
+    names = state_names(len(raw))
     return [
         LayerAnisotropy(name, _mean_cosine(a_d, count), _mean_cosine(b_d, count))
         for name, a_d, b_d in zip(names, raw, centred, strict=True)
     ]
 
 
-def layer_names(count: int) -> list[str]:
-    """Names of what `Subject.hidden_states` returns."""
-    return ["embedding", *(f"block {index}" for index in range(count - 2)), "final norm"]
-
-
-def _sums(subject: Subject, tokens_nt: Tensor, centres: Sequence[Tensor] | None) -> tuple[list[Tensor], list[Tensor]]:
+def _sums(
+    subject: Subject, tokens_nt: Tensor, skip: int, centres: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor]]:
     """Per layer, fp64 [d]: the sum of the states, and the sum of their directions (from the centres, if given)."""
     states: list[Tensor] = []
     directions: list[Tensor] = []
     for start in range(0, tokens_nt.shape[0], ROWS_AT_ONCE):
         layers = subject.hidden_states(tokens_nt[start : start + ROWS_AT_ONCE])
-        for index, (name, layer_btd) in enumerate(zip(layer_names(len(layers)), layers, strict=True)):
-            rows_nd = layer_btd.flatten(0, 1).double()
+        for index, (name, layer_btd) in enumerate(zip(state_names(len(layers)), layers, strict=True)):
+            rows_nd = layer_btd[:, skip:].flatten(0, 1).double()
             if centres is not None:
                 rows_nd = rows_nd - centres[index]
                 name = f"{name} minus its mean"
-            unit_d = _unit(rows_nd, f"the states of {name}", start * tokens_nt.shape[1]).sum(0)
+            unit_d = _unit(rows_nd, f"the states of {name}", start * (tokens_nt.shape[1] - skip)).sum(0)
             if len(states) == index:
                 states.append(torch.zeros_like(unit_d))
                 directions.append(torch.zeros_like(unit_d))
@@ -150,8 +150,9 @@ def anisotropy_finding(
         DataError: not enough text, or states without a direction.
     """
     rows_nt = token_rows(subject, texts, length, max(1, tokens // length))
-    ours = layer_anisotropy(subject, rows_nt)
-    control = layer_anisotropy(subject.untrained(seed), rows_nt)
+    skip = len(subject.first_tokens())
+    ours = layer_anisotropy(subject, rows_nt, skip)
+    control = layer_anisotropy(subject.untrained(seed), rows_nt, skip)
     x = tuple(float(index) for index in range(len(ours)))
     lines = (
         Line(name="raw", x=x, y=tuple(layer.raw for layer in ours)),
@@ -181,5 +182,5 @@ def anisotropy_finding(
             Figure(title="Anisotropy by layer", x_label="layer (0: embedding)", y_label="mean cosine", lines=lines),
         ),
         paper=PAPER,
-        notes=(f"{rows_nt.numel()} tokens in rows of {rows_nt.shape[1]}.",),
+        notes=(f"{rows_nt[:, skip:].numel()} tokens of text in rows of {rows_nt.shape[1]}.",),
     )

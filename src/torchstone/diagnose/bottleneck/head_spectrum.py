@@ -17,7 +17,7 @@ never touches, must be left out (`Subject.head_weight` does).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -82,17 +82,30 @@ def singular_values(weight_vd: Tensor) -> Tensor:
     """
     if weight_vd.dim() != 2 or not weight_vd.numel():
         raise DataError(f"a spectrum needs a matrix with entries; the shape given is {list(weight_vd.shape)}.")
+    require_finite_rows(weight_vd)
     tall_vd = weight_vd if weight_vd.shape[0] >= weight_vd.shape[1] else weight_vd.T
-    if not bool(tall_vd.isfinite().all()):
-        row = int((~weight_vd.isfinite().all(1)).nonzero()[0])
-        raise DataError(f"row {row} of the matrix is not finite; the checkpoint is damaged or its training diverged.")
     if tall_vd.shape[0] < max(MANY, MUCH * tall_vd.shape[1]):
         return torch.linalg.svdvals(tall_vd.double())
+    return torch.linalg.eigvalsh(gram_matrix(tall_vd)).clamp(min=0).sqrt().flip(0)
+
+
+def require_finite_rows(weight_vd: Tensor) -> None:
+    """Raises DataError for an output matrix with a number that is not finite; names the first such row."""
+    bad_v = ~weight_vd.isfinite().all(1)
+    if bool(bad_v.any()):
+        row = int(bad_v.nonzero()[0])
+        raise DataError(
+            f"row {row} of the output matrix is not finite; the checkpoint is damaged or its training diverged."
+        )
+
+
+def gram_matrix(tall_vd: Tensor) -> Tensor:
+    """WᵀW, fp64 [d, d], from slices of rows, so that no second W in fp64 is made."""
     gram_dd = torch.zeros(tall_vd.shape[1], tall_vd.shape[1], dtype=torch.float64, device=tall_vd.device)
     for rows_vd in tall_vd.split(ROWS_AT_ONCE):
-        wide_vd = rows_vd.double()
-        gram_dd.addmm_(wide_vd.T, wide_vd)
-    return torch.linalg.eigvalsh(gram_dd).clamp(min=0).sqrt().flip(0)
+        precise_vd = rows_vd.double()
+        gram_dd.addmm_(precise_vd.T, precise_vd)
+    return gram_dd
 
 
 def spectrum(weight_vd: Tensor) -> Spectrum:
@@ -121,12 +134,11 @@ def random_spectrum(rows: int, columns: int, seed: int = 0) -> Spectrum:
     return spectrum(torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float32))
 
 
-def head_spectrum_finding(subject: Subject, texts: Sequence[str] = (), *, seed: int = 0) -> Finding:
+def head_spectrum_finding(subject: Subject, *, seed: int = 0) -> Finding:
     """Spectrum of a model's output matrix next to a random matrix of its shape and to the model untrained.
 
     Args:
         subject: a model with a linear head.
-        texts: not used: the weights say everything.
         seed: of both controls.
 
     Raises:

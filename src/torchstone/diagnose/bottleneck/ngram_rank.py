@@ -123,7 +123,8 @@ def count_ngrams(documents: Sequence[Sequence[int]], order: int, top: int) -> ND
     Columns are the tokens that follow any of these contexts. Equally frequent contexts are taken in order of their tokens.
 
     Raises:
-        ConfigError: order or top is not positive, or contexts of this order cannot be numbered in 63 bits.
+        ConfigError: order or top is not positive, or contexts of this order cannot be numbered in 63 bits; what counts for that
+            is how many different tokens occur, however large their ids.
         DataError: no document is longer than the context.
     """
     if order < 1 or top < 1:
@@ -133,13 +134,14 @@ def count_ngrams(documents: Sequence[Sequence[int]], order: int, top: int) -> ND
         raise DataError(
             f"no document has more than {order} tokens, so there is no context to count; give longer texts."
         )
-    base = 1 + max(int(array.max()) for array in arrays)
-    if base ** (order + 1) >= 2**63:
+    known, token_n = np.unique(np.concatenate(arrays), return_inverse=True)
+    base = len(known)
+    if base**order >= 2**63:
         raise ConfigError(
-            f"order {order} is too long for {base} token ids; use shorter contexts or a smaller vocabulary."
+            f"order {order} is too long for texts of {base} different tokens; use shorter contexts or a smaller vocabulary."
         )
     codes, following = [], []
-    for array in arrays:
+    for array in np.split(token_n, np.cumsum([len(array) for array in arrays])[:-1]):
         code = np.zeros(len(array) - order, dtype=np.int64)
         for step in range(order):
             code = code * base + array[step : len(array) - order + step]

@@ -2,17 +2,19 @@
 
     1. one pass over the text: states after the final norm (fp16) and next tokens; whole documents are held out (5 %)
     2. for r falling: logits = A (B h), from the truncated SVD of the trained W; Adam, linear decay, chunked cross-entropy
-    3. gap(r) = held-out loss(r) − held-out loss of W untouched; W trained further in the same way is the control: training
-       alone must change the loss by less than 0.005 nats, else gaps mean data and not rank
-    4. gap ≈ c · r^(−p), and the critical rank where the gap is 0.01 nats, with a bootstrap interval over held-out documents
+    3. gap(r) = held-out loss(r) − held-out loss of W untouched; W trained further in the same way is the control: where training
+       alone changes the loss by 0.005 nats or more, gaps to W untouched would mean data and not rank, and W retrained is the zero
+    4. gap ≈ c · r^(−p), and the critical rank where the gap is 0.01 nats, with a bootstrap interval over held-out documents, of
+       which there must be 10
 
 (Godey et al., arXiv 2404.07647, section 6.) One rank costs 6 · r · (v + d) FLOPs a state. With a directory, every rank's result
-is a file that appears whole or not at all, and the same command goes on where it stopped.
+is a file that appears whole or not at all, and the same command goes on where it stopped. A head whose training diverged is no
+result: it is an error, and no file is written.
 
 Shapes: n tokens · d width · v vocabulary · r rank.
 
 Pitfalls: fp16 holds numbers up to 65504; larger states are an error. The model must be W h: a bias or a soft cap in the head
-would make W alone another model, which is checked on the first rows.
+would make W alone another model, which is checked on the first row.
 """
 
 from __future__ import annotations
@@ -29,11 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchstone.diagnose.bottleneck.critical_rank import THRESHOLD, critical_rank, power_law
+from torchstone.diagnose.bottleneck.critical_rank import THRESHOLD, PowerLaw, critical_rank, power_law
+from torchstone.diagnose.bottleneck.head_factors import HeadFactors
+from torchstone.diagnose.bottleneck.head_spectrum import require_finite_rows
 from torchstone.diagnose.bottleneck.rank_sweep_states import Cached, Documents, cache_states, split_documents
 from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError
-from torchstone.nn.heads.factored import check_rank, truncated_factors
+from torchstone.nn.heads.factored import check_rank
 from torchstone.objectives.next_token import chunked_cross_entropy, chunked_scores
 from torchstone.report.finding import Finding
 from torchstone.report.result import Figure, Line, PaperFigure, Table
@@ -41,7 +45,8 @@ from torchstone.storage.atomic import atomic_write
 from torchstone.storage.hashing import fingerprint_of
 
 RESAMPLES = 1000
-CHANGE_ALLOWED = 0.005  # nats that further training alone may change
+LEAST_DOCUMENTS = 10  # held out, for an interval: a resample of fewer repeats the same few
+CHANGE_ALLOWED = 0.005  # nats; from here on, what further training alone changes is part of every gap
 PAPER = (
     PaperFigure(
         setting="rank-constrained heads on pretrained models (1B to 7B)",
@@ -73,10 +78,15 @@ class HeadResult:
         """Nats per token."""
         return sum(self.sums) / sum(self.counts)
 
+    @property
+    def finite(self) -> bool:
+        """Whether no document's loss is NaN or infinite."""
+        return all(map(math.isfinite, self.sums))
+
 
 @dataclass(frozen=True)
 class Sweep:
-    """All heads of a sweep; `untouched` is the zero of the gaps, `retrained` the control."""
+    """All heads of a sweep: the full one as it is, the same trained (the control), and those of lower rank."""
 
     untouched: HeadResult
     retrained: HeadResult
@@ -84,22 +94,35 @@ class Sweep:
     full: int
 
     @property
-    def gaps(self) -> dict[int, float]:
-        """Rank → loss minus the untouched head's; the full rank is 0."""
-        found = {rank: result.loss - self.untouched.loss for rank, result in sorted(self.ranked.items())}
-        return found | {self.full: 0.0}
-
-    @property
     def change(self) -> float:
         """What training alone changes, nats."""
         return self.retrained.loss - self.untouched.loss
 
+    @property
+    def moved(self) -> bool:
+        """Whether training alone changes too much for gaps to the untouched head to mean rank."""
+        return abs(self.change) >= CHANGE_ALLOWED
+
+    @property
+    def zero(self) -> HeadResult:
+        """The full head that gaps are measured from: the untouched one, or the retrained one where training alone moved it."""
+        return self.retrained if self.moved else self.untouched
+
+    @property
+    def gaps(self) -> dict[int, float]:
+        """Rank → loss minus that of `zero`; the full rank is 0."""
+        found = {rank: result.loss - self.zero.loss for rank, result in sorted(self.ranked.items())}
+        return found | {self.full: 0.0}
+
     def interval(self, seed: int = 0, level: float = 0.95) -> tuple[float, float] | None:
-        """Percentile interval of the critical rank over resampled documents; None if it often lies outside the ranks."""
+        """Percentile interval of the critical rank over resampled documents; None if there are fewer than 10 of them, or if it
+        often lies outside the ranks."""
+        documents, ranks = len(self.zero.sums), sorted(self.ranked)
+        if documents < LEAST_DOCUMENTS:
+            return None
         generator = np.random.default_rng(seed)
-        documents, ranks = len(self.untouched.sums), sorted(self.ranked)
-        counts_g = np.array(self.untouched.counts)
-        table_gr = np.array([self.ranked[rank].sums for rank in ranks]).T - np.array(self.untouched.sums)[:, None]
+        counts_g = np.array(self.zero.counts)
+        table_gr = np.array([self.ranked[rank].sums for rank in ranks]).T - np.array(self.zero.sums)[:, None]
         found = []
         for _ in range(RESAMPLES):
             chosen = generator.integers(0, documents, documents)
@@ -118,6 +141,7 @@ class _Work:
     def __init__(self, subject: Subject, documents: Documents, training: Training) -> None:
         self.subject, self.documents, self.training = subject, documents, training
         self.weight_vd = subject.head_weight().float()
+        require_finite_rows(self.weight_vd)
 
     @cached_property
     def train(self) -> Cached:
@@ -128,8 +152,8 @@ class _Work:
         return cache_states(self.subject, self.documents.held_out, self.documents.length, self.weight_vd)
 
     @cached_property
-    def factors(self) -> tuple[Tensor, Tensor]:
-        return truncated_factors(self.weight_vd, min(self.weight_vd.shape))
+    def factors(self) -> HeadFactors:
+        return HeadFactors(self.weight_vd)
 
     def result(self, name: str) -> HeadResult:
         """Train the head of this name (`untouched`, `retrained` or a rank) and score it on the held-out documents."""
@@ -138,8 +162,7 @@ class _Work:
         elif name == "retrained":
             matrices = [self.weight_vd.clone()]
         else:
-            a_vm, b_md = self.factors
-            matrices = [a_vm[:, : int(name)].float().contiguous(), b_md[: int(name)].float().contiguous()]
+            matrices = [*self.factors.of_rank(int(name))]
         if name != "untouched":
             train_head(matrices, self.train, self.training)
         states_nd = self.held_out.states_nd.float()
@@ -194,7 +217,7 @@ def rank_sweep(
 
     Raises:
         ConfigError: a rank above min(v, d), a head that is no plain matrix, or a directory of another sweep.
-        DataError: states that fp16 cannot hold.
+        DataError: losses, states or a head that are not finite, states that fp16 cannot hold, or a head whose training diverged.
     """
     work = _Work(subject, documents, training)
     for rank in ranks:
@@ -220,6 +243,7 @@ def _file(directory: Path, name: str) -> Path:
 
 
 def _stored(directory: Path | None, name: str, identity: str) -> HeadResult | None:
+    """What the directory holds of a head; None, too, for one that diverged."""
     if directory is None or not _file(directory, name).exists():
         return None
     path = _file(directory, name)
@@ -236,13 +260,19 @@ def _stored(directory: Path | None, name: str, identity: str) -> HeadResult | No
             f"{path} belongs to a sweep with another model, other texts or other settings. Give another directory, or remove "
             "this one: heads of different sweeps are not compared."
         )
-    return result
+    return result if result.finite else None
 
 
 def _store(directory: Path | None, result: HeadResult, identity: str) -> HeadResult:
+    if not result.finite:
+        raise DataError(
+            f"the head {result.head!r} has a held-out loss of {result.loss}: its training diverged, and nothing is kept of it. "
+            "Give a lower learning rate."
+        )
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
-        atomic_write(_file(directory, result.head), json.dumps(asdict(result) | {"identity": identity}, indent=1))
+        content = json.dumps(asdict(result) | {"identity": identity}, indent=1, allow_nan=False)
+        atomic_write(_file(directory, result.head), content)
     return result
 
 
@@ -274,7 +304,7 @@ def rank_sweep_finding(
 
     Raises:
         ConfigError: see `rank_sweep`.
-        DataError: fewer than two usable documents, or no training step fits.
+        DataError: fewer than two usable documents, or see `rank_sweep`.
     """
     documents = split_documents(subject, texts, length, tokens, held_out)
     full = min(subject.vocab_size, subject.width)
@@ -285,59 +315,79 @@ def rank_sweep_finding(
 
 
 def _finding(subject: Subject, documents: Documents, sweep: Sweep) -> Finding:
-    gaps = sweep.gaps
     ranks = sorted(sweep.ranked)
-    law = power_law(ranks, [gaps[rank] for rank in ranks])
-    critical = critical_rank(list(gaps), list(gaps.values()))
-    interval = sweep.interval() if critical is not None else None
-    around = f" (95 % interval {interval[0]:.1f} to {interval[1]:.1f} over documents)" if interval else ""
-    where = f"is {critical:.1f}{around}" if critical is not None else "lies outside the ranks that were measured"
-    trained = abs(sweep.change) < CHANGE_ALLOWED
-    warning = "" if trained else " That is more than 0.005: train longer, or on text like the model's own."
-    rows: list[tuple[str | float | int | None, ...]] = [
-        (rank, sweep.ranked[rank].loss, gaps[rank], sweep.ranked[rank].loss - sweep.retrained.loss) for rank in ranks
-    ]
-    rows += [
-        (f"{sweep.full}, retrained", sweep.retrained.loss, sweep.change, 0.0),
-        (f"{sweep.full}, untouched", sweep.untouched.loss, 0.0, -sweep.change),
-    ]
-    lines = [Line(name="measured", x=tuple(ranks), y=tuple(_positive(gaps[rank]) for rank in ranks))]
-    if law:
-        lines.append(Line(name="power law", x=tuple(ranks), y=tuple(law.c * rank**-law.p for rank in ranks)))
-    lines.append(Line(name="0.01 nats", x=(ranks[0], ranks[-1]), y=(THRESHOLD, THRESHOLD)))
+    law = power_law(ranks, [sweep.gaps[rank] for rank in ranks])
+    held_out = len(sweep.zero.sums)
+    notes = [documents.describe()]
+    if held_out < LEAST_DOCUMENTS:
+        notes.append(
+            f"No interval of the critical rank: {held_out} held-out documents are too few to resample, and {LEAST_DOCUMENTS} are "
+            "needed. Give more texts, or hold out a larger share."
+        )
+    if subject.tied:
+        notes.append("The output matrix is tied to the token embedding; heads are trained apart from it.")
     return Finding(
         analysis="rank-sweep",
         title="Loss against the rank of the head",
         question="Which rank of the output head does this model need on this text?",
         subject=subject.describe(),
-        answer=(
-            f"The rank at which the loss is 0.01 nats above the full head's {where}."
-            + (f" The gap follows {law.c:.3g} · rank^-{law.p:.2f}." if law else "")
-            + f" Training the full head in the same way changes its loss by {sweep.change:+.4f} nats.{warning}"
-        ),
+        answer=_answer(sweep, law),
         control="The full matrix trained in the same way on the same states: what training alone changes.",
-        tables=(
-            Table(
-                title="loss by rank",
-                columns=("rank", "held-out loss", "gap to the untouched head", "gap to the retrained head"),
-                rows=tuple(rows),
-                note="Nats per token on held-out documents.",
-            ),
-        ),
-        figures=(
-            Figure(
-                title="What a head of lower rank loses", x_label="rank", y_label="nats per token", log_x=True, log_y=True,
-                lines=tuple(lines),
-            ),
-        ),
+        tables=(_table(sweep),),
+        figures=(_figure(sweep, law),),
         paper=PAPER,
-        notes=(
-            documents.describe(),
-            *(("The output matrix is tied to the token embedding; heads are trained apart from it.",) if subject.tied else ()),
+        notes=tuple(notes),
+    )
+
+
+def _answer(sweep: Sweep, law: PowerLaw | None) -> str:
+    """What training alone changes comes first where it decides what gaps are measured from."""
+    critical = critical_rank(list(sweep.gaps), list(sweep.gaps.values()))
+    interval = sweep.interval() if critical is not None else None
+    around = f" (95 % interval {interval[0]:.1f} to {interval[1]:.1f} over documents)" if interval else ""
+    where = f"is {critical:.1f}{around}" if critical is not None else "lies outside the ranks that were measured"
+    head = "retrained full head" if sweep.moved else "full head"
+    rank = f"The rank at which the loss is 0.01 nats above the {head}'s {where}."
+    falls = f" The gap follows {law.c:.3g} · rank^-{law.p:.2f}." if law else ""
+    trained = f"Training the full head in the same way changes its loss by {sweep.change:+.4f} nats"
+    if not sweep.moved:
+        return f"{rank}{falls} {trained}."
+    return (
+        f"{trained}, {CHANGE_ALLOWED:g} or more, so gaps are measured from the retrained full head and not from the model's own; "
+        f"train longer, or on text like the model's own. {rank}{falls}"
+    )
+
+
+def _table(sweep: Sweep) -> Table:
+    losses: dict[str | int, float] = {rank: result.loss for rank, result in sorted(sweep.ranked.items())}
+    losses |= {f"{sweep.full}, retrained": sweep.retrained.loss, f"{sweep.full}, untouched": sweep.untouched.loss}
+    return Table(
+        title="loss by rank",
+        columns=("rank", "held-out loss", "gap to the untouched head", "gap to the retrained head"),
+        rows=tuple(
+            (head, loss, loss - sweep.untouched.loss, loss - sweep.retrained.loss) for head, loss in losses.items()
         ),
-    )  # fmt: skip
+        note="Nats per token on held-out documents.",
+    )
+
+
+def _figure(sweep: Sweep, law: PowerLaw | None) -> Figure:
+    ranks = tuple(sorted(sweep.ranked))
+    lines = [Line(name="measured", x=ranks, y=tuple(_positive(sweep.gaps[rank]) for rank in ranks))]
+    if law:
+        lines.append(Line(name="power law", x=ranks, y=tuple(law.c * rank**-law.p for rank in ranks)))
+    lines.append(Line(name="0.01 nats", x=(ranks[0], ranks[-1]), y=(THRESHOLD, THRESHOLD)))
+    return Figure(
+        title="What a head of lower rank loses",
+        x_label="rank",
+        y_label="nats per token",
+        log_x=True,
+        log_y=True,
+        lines=tuple(lines),
+        note=f"against the full head, {'retrained' if sweep.moved else 'untouched'}",
+    )
 
 
 def _positive(value: float) -> float | None:
     """For a logarithmic axis."""
-    return value if value > 0 and math.isfinite(value) else None
+    return value if value > 0 else None

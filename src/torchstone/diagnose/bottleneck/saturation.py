@@ -49,10 +49,14 @@ class Point:
 
 
 def measure(subject: Subject, texts: Sequence[str], tokens: float, rows: int = 64, length: int = 128) -> Point:
-    """All numbers of one checkpoint after `tokens` training tokens, on `rows` rows of `length` tokens of the texts."""
+    """All numbers of one checkpoint after `tokens` training tokens, on `rows` rows of `length` tokens of the texts.
+
+    Raises:
+        DataError: too little text, or a loss, state or weight that is not finite.
+    """
     rows_nt = token_rows(subject, texts, length, rows)
     losses = torch.cat([subject.losses(batch_bt).flatten() for batch_bt in rows_nt.split(8)])
-    layers = layer_anisotropy(subject, rows_nt)
+    layers = layer_anisotropy(subject, rows_nt, len(subject.first_tokens()))
     return Point(
         tokens=float(tokens),
         loss=float(losses.double().mean()),
@@ -84,7 +88,7 @@ def saturation_finding(
         larger: evaluated checkpoints of larger models on the same texts, for the law.
 
     Raises:
-        DataError: fewer than two checkpoints, or two with equal tokens.
+        DataError: fewer than two checkpoints, two with equal tokens, or one whose losses are not finite.
     """
     points = sorted(
         (measure(subject, texts, tokens, rows, length) for tokens, subject in series), key=lambda p: p.tokens

@@ -18,6 +18,7 @@ easier than early ones in any case; compare rises, not losses.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from torchstone.diagnose.subject import AblationMode, Head, Subject
-from torchstone.errors import ConfigError
+from torchstone.errors import ConfigError, DataError
 
 DRAWS = 20
 TOKENS_AT_ONCE = 8192  # tokens of one forward pass, over which a mean ablation takes its mean
@@ -136,6 +137,7 @@ def increases(
 
     Raises:
         ConfigError: no or unknown heads, too few draws, a window given or missing wrongly.
+        DataError: a number is infinite or undefined.
     """
     check_heads(subject, heads)
     if draws < DRAWS:
@@ -145,10 +147,10 @@ def increases(
 
     def without(ablated: Sequence[Head]) -> dict[str, float]:
         with subject.ablate(ablated, mode, window=window):
-            found = measure()
+            found = _finite(measure(), f"without the heads {', '.join(f'{layer}.{head}' for layer, head in ablated)}")
         return {name: found[name] - plain[name] for name in plain}
 
-    plain = measure()
+    plain = _finite(measure(), "without any ablation")
     chosen = without(heads)
     random = [without(drawn) for drawn in random_like(subject, heads, draws, seed)]
     low = without(lowest) if lowest else None
@@ -156,6 +158,17 @@ def increases(
         name: Increase(plain[name], chosen[name], tuple(r[name] for r in random), None if low is None else low[name])
         for name in plain
     }
+
+
+def _finite(found: dict[str, float], when: str) -> dict[str, float]:
+    """The numbers; raises DataError for one that is infinite or undefined."""
+    for name, value in found.items():
+        if not math.isfinite(value):
+            raise DataError(
+                f"the measurement {name!r} is {value} {when}, so that no rise can be told; load the model in float32, or "
+                "look for damaged weights."
+            )
+    return found
 
 
 def ablation_report(

@@ -1,8 +1,8 @@
 """Run through the pairs of tokens of one attention layer in blocks of queries, and add them to distance sums.
 
-Attention weights are computed again from queries and keys, a block of rows at a time, so that no [h, t, t] tensor
-exists; a fused kernel gives none anyway. Where a model does more than softmax(q·k · scale) (a cap on the logits, a
-bias), that is noticed: the recomputed weights must reproduce the layer's own output.
+Attention weights are computed again from queries and keys, a block of rows at a time (`rotary.recomputed`). Where a model does
+more than softmax(q·k · scale) (a cap on the logits, a bias), that is noticed: the recomputed weights must reproduce the
+layer's own output.
 
     all keys      every earlier key of each query, with its weight
     top keys      only the `keys` largest weights of each query: 64 instead of thousands on long inputs
@@ -16,7 +16,6 @@ Shapes: h query heads · r queries of a block · s keys · d channels · e value
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -25,69 +24,12 @@ from torch.nn import functional
 
 from torchstone.diagnose.distance.sums import SumsBuilder
 from torchstone.diagnose.rotary.pairs import pair_products
+from torchstone.diagnose.rotary.recomputed import BLOCK_NUMBERS, LayerInputs, blocks, distances, recomputed_error
 from torchstone.errors import ConfigError
 
 PairChoice = Literal["attended", "random"]
-BLOCK_NUMBERS = 1 << 22  # numbers of one temporary of a block
 RANDOM_PER_TOKEN = 100
-CHECKED = 16  # queries whose recomputed output is compared
 MISMATCH = 0.05  # relative error of the recomputed output beyond which the weights are not those of the model
-
-
-@dataclass(frozen=True, eq=False)
-class LayerInputs:
-    """One sequence in one layer.
-
-    Attributes:
-        q_htd, k_hsd, v_hse: rotated queries and keys in half order, and values, repeated to one head per query head.
-        output_the: per-head outputs, or None to check nothing.
-        weights_hts: the model's own attention weights, or None to compute them.
-        scale: factor of q·k in the logits.
-        window: sliding window in tokens, or None.
-    """
-
-    q_htd: Tensor
-    k_hsd: Tensor
-    v_hse: Tensor | None
-    output_the: Tensor | None
-    weights_hts: Tensor | None
-    scale: float
-    window: int | None
-
-    @property
-    def length(self) -> int:
-        """Tokens of the sequence."""
-        return self.q_htd.shape[1]
-
-    def rows(self, queries: range) -> Tensor:
-        """Attention weights [h, r, s] of some queries on the keys up to the last of them, as a new tensor."""
-        rows, stop = slice(queries.start, queries.stop, queries.step), queries[-1] + 1
-        if self.weights_hts is not None:
-            return self.weights_hts[:, rows, :stop].clone()
-        scores_hrs = self.q_htd[:, rows] @ self.k_hsd[:, :stop].transpose(1, 2) * self.scale
-        distance_rs = distances(queries, scores_hrs.device)
-        hidden_rs = distance_rs < 0
-        if self.window is not None:
-            hidden_rs |= distance_rs >= self.window
-        return scores_hrs.masked_fill_(hidden_rs, -torch.inf).softmax(-1)
-
-
-def distances(queries: range, device: torch.device) -> Tensor:
-    """i - j, int64 [r, s], of queries and the keys up to the last of them."""
-    queries_r = torch.arange(queries.start, queries.stop, queries.step, device=device)
-    return queries_r[:, None] - torch.arange(queries[-1] + 1, device=device)
-
-
-def blocks(layer: LayerInputs, most: int | None, width: int) -> list[range]:
-    """Queries, at most `most` of them and evenly spread, in blocks whose temporaries stay small.
-
-    Args:
-        width: numbers of a temporary per query and key.
-    """
-    heads, length = layer.q_htd.shape[:2]
-    step = 1 if most is None else max(1, -(-length // most))
-    size = max(1, BLOCK_NUMBERS // (heads * length * width)) * step
-    return [range(start, min(start + size, length), step) for start in range(step - 1, length, size)]
 
 
 def add_attended(
@@ -168,13 +110,8 @@ def _by_distance(values_hrs: Tensor, step: int, length: int) -> Tensor:
 
 
 def _check_recomputed(layer: LayerInputs) -> None:
-    """Compare the output that the recomputed weights give with the layer's own, on the last queries."""
-    if layer.weights_hts is not None or layer.output_the is None or layer.v_hse is None:
-        return
-    last = range(max(0, layer.length - CHECKED), layer.length)
-    expected_hre = layer.output_the[last.start :].transpose(0, 1)
-    found_hre = layer.rows(last) @ layer.v_hse
-    error = float((found_hre - expected_hre).norm() / expected_hre.norm().clamp(min=1e-30))
+    """Raise where queries and keys alone do not explain the layer's own output."""
+    error = recomputed_error(layer)
     if not error <= MISMATCH:
         raise ConfigError(
             f"attention computed again from queries and keys differs from the layer's own output by {error:.0%}, so this model "

@@ -8,7 +8,7 @@ fast pairs; here those are `offset heads` and the former `distance heads`.
     table.selected(0.1)                               # [(layer, head), …], the strongest first
 
 Scores are in `scores`, with a permutation null for each head; the second control is
-`distance_heads(subject.untrained(), tokens_bt)`. A correlation of scores is no proof of a function: `head_ablation` is.
+`distance_heads(subject.untrained(), tokens_bt)`. A correlation of scores is no proof of a function: `ablation` is.
 
 Shapes: b sequences · t tokens or distances · h query heads · m frequency pairs · z buckets of distance.
 
@@ -26,15 +26,10 @@ import torch
 from torch import Tensor
 
 from torchstone.diagnose.distance import scores
-from torchstone.diagnose.distance.attended_pairs import (
-    RANDOM_PER_TOKEN,
-    LayerInputs,
-    PairChoice,
-    add_attended,
-    add_random,
-)
+from torchstone.diagnose.distance.attended_pairs import RANDOM_PER_TOKEN, PairChoice, add_attended, add_random
 from torchstone.diagnose.distance.sums import DistanceSums, SumsBuilder
 from torchstone.diagnose.rotary.pairs import random_pairs
+from torchstone.diagnose.rotary.recomputed import LayerInputs
 from torchstone.diagnose.subject import Activations, AttentionLayer, Head, Subject
 from torchstone.errors import ConfigError, DataError
 
@@ -146,8 +141,8 @@ class LayerScores:
         return OFFSETS[int(offset)] if float(mass) >= OFFSET_MASS else None
 
     def eligible(self) -> Tensor:
-        """bool [h]: score above 0 and mean distance above the layer's median."""
-        return (self.score_h > 0) & (self.mean_distance_h > self.mean_distance_h.median())
+        """bool [h]: score above 0 and mean distance above the layer's median; heads without a mean distance are left out."""
+        return (self.score_h > 0) & (self.mean_distance_h > self.mean_distance_h.nanmedian())
 
 
 @dataclass(frozen=True)
@@ -195,15 +190,24 @@ class HeadTable:
 
     def selected(self, top: float) -> list[Head]:
         """The distance heads: the `top` share of all heads, at least one, as far as so many are eligible."""
-        if not 0 < top <= 1:
-            raise ConfigError(f"top is {top:g}; give a share of the heads above 0 and at most 1.")
+        check_top(top)
         return self.ranked()[: max(1, round(top * len(self.heads())))]
 
+    def undefined(self) -> int:
+        """Heads without a score: what they attend to, or the pairs that make their logits, never varies."""
+        return int(self.column("score").isnan().sum())
+
     def lowest(self, count: int) -> list[Head]:
-        """The `count` heads of the lowest score."""
-        order = torch.nan_to_num(self.column("score"), nan=0.0).argsort()
-        heads = self.heads()
-        return [heads[int(i)] for i in order[:count]]
+        """The `count` heads of the lowest score; heads without a score are left out."""
+        score, heads = self.column("score"), self.heads()
+        known = score.isnan().logical_not().nonzero()[:, 0]
+        return [heads[int(i)] for i in known[score[known].argsort(stable=True)][:count]]
+
+
+def check_top(top: float) -> None:
+    """Raise ConfigError for a share that is not in (0, 1]."""
+    if not 0 < top <= 1:
+        raise ConfigError(f"top is {top:g}; give a share of the heads above 0 and at most 1.")
 
 
 @torch.no_grad()

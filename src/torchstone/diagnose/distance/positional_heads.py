@@ -15,10 +15,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torchstone.diagnose.adapters.ablation import make_ablation
 from torchstone.diagnose.distance import positional_heads_tables as tables
 from torchstone.diagnose.distance.ablation import AblationReport, ablation_report
 from torchstone.diagnose.distance.attended_pairs import PairChoice
-from torchstone.diagnose.distance.heads import DistanceSettings, HeadTable, Maps, distance_heads
+from torchstone.diagnose.distance.heads import DistanceSettings, HeadTable, Maps, check_top, distance_heads
 from torchstone.diagnose.subject import AblationMode, Subject
 from torchstone.diagnose.texts import token_rows
 from torchstone.errors import ConfigError
@@ -48,7 +49,7 @@ def positional_heads_finding(
 
     Args:
         texts: at least one of `max_length` tokens.
-        max_length: tokens of a row; None: 1024, or the model's context if that is shorter.
+        max_length: tokens of a row; None: 1024, or what the model saw at once in training if that is less.
         sequences: rows.
         pairs: `attended` weighs pairs of tokens by attention, `random` draws them evenly.
         skip_sink: first keys of a row that do not count.
@@ -63,8 +64,8 @@ def positional_heads_finding(
         ConfigError: no rotary layer, unusable settings. DataError: texts too short.
     """
     settings = DistanceSettings(pairs=pairs, skip_sink=skip_sink, null=null, maps=maps, seed=seed)
-    length = max_length if max_length is not None else min(subject.max_length or DEFAULT_LENGTH, DEFAULT_LENGTH)
-    _check(settings, length, ablate, window)
+    length = max_length if max_length is not None else min(subject.trained_length or DEFAULT_LENGTH, DEFAULT_LENGTH)
+    _check(subject, settings, length, top, ablate, window)
     tokens_bt = token_rows(subject, texts, length, sequences)
     trained = distance_heads(subject, tokens_bt, settings)
     untrained = distance_heads(subject.untrained(seed), tokens_bt, settings)
@@ -84,16 +85,26 @@ def positional_heads_finding(
         tables=tables.head_tables(trained, untrained, top, report),
         heatmaps=tables.heatmaps(trained, chosen),
         figures=tables.centre_figure(trained, untrained, chosen),
-        notes=_notes(trained, ablate is not None and not chosen),
+        notes=_notes(subject, trained, ablate is not None and not chosen),
     )
 
 
-def _check(settings: DistanceSettings, length: int, ablate: AblationMode | None, window: int | None) -> None:
+def _check(
+    subject: Subject,
+    settings: DistanceSettings,
+    length: int,
+    top: float,
+    ablate: AblationMode | None,
+    window: int | None,
+) -> None:
     """Refuse what cannot be honoured, before any text is encoded."""
+    check_top(top)
     if settings.null < LEAST_NULL:
         raise ConfigError(f"null is {settings.null}; a report needs at least {LEAST_NULL} reassignments.")
     if window is not None and ablate != "window":
         raise ConfigError(f"window is {window}, but ablate is {ablate!r}; a window is for ablate='window'.")
+    if ablate is not None:
+        make_ablation(subject.layers, (), ablate, window)
     settings.edges(length)
 
 
@@ -112,12 +123,16 @@ def strong(table: HeadTable) -> int:
 
 def _answer(trained: HeadTable, untrained: HeadTable, top: float, report: AblationReport | None) -> str:
     heads = len(trained.heads())
-    band = float(untrained.column("score").abs().nan_to_num().max())
-    beyond = int((trained.column("score") > band).sum())
     words = (
         f"{strong(trained)} of {heads} heads have a shift more than {NULL_SD:g} null standard deviations above chance "
-        f"(untrained: {strong(untrained)}), and {beyond} exceed the largest |shift| of the untrained model, {band:.2f}. "
+        f"(untrained: {strong(untrained)})"
     )
+    control = untrained.column("score")
+    if untrained.undefined() < heads:
+        band = float(control[~control.isnan()].abs().max())
+        beyond = int((trained.column("score") > band).sum())
+        words += f", and {beyond} exceed the largest |shift| of the untrained model, {band:.2f}"
+    words += ". "
     named = ", ".join(f"{layer}.{head}" for layer, head in trained.selected(top)) or "none"
     words += f"Distance heads (the top {top:.0%}, as layer.head): {named}. "
     if report is not None:
@@ -129,7 +144,7 @@ def _answer(trained: HeadTable, untrained: HeadTable, top: float, report: Ablati
     return words.strip()
 
 
-def _notes(table: HeadTable, nothing_to_ablate: bool) -> tuple[str, ...]:
+def _notes(subject: Subject, table: HeadTable, nothing_to_ablate: bool) -> tuple[str, ...]:
     settings = table.settings
     weights = "weighted by attention" if settings.pairs == "attended" else "drawn evenly, with equal weight"
     few = settings.pairs == "attended" and settings.keys is not None and settings.keys < table.length - 1
@@ -143,6 +158,12 @@ def _notes(table: HeadTable, nothing_to_ablate: bool) -> tuple[str, ...]:
     ]
     if table.skipped:
         notes.append(f"Layers without rotary positions were skipped: {', '.join(map(str, table.skipped))}.")
+    if subject.trained_length is not None and table.length > subject.trained_length:
+        notes.append(f"Rows are longer than the {subject.trained_length} tokens that the model was trained on.")
+    if table.undefined():
+        notes.append(
+            f"Heads without a shift, left out: {table.undefined()} (their centre of dimension or their distances do not vary)."
+        )
     if nothing_to_ablate:
         notes.append(
             "No head has a shift above 0 and a mean distance above its layer's median, so nothing was ablated."

@@ -7,8 +7,8 @@ stands beside its controls:
     matched     the loss over a random subset of the longer response's tokens, as many as the shorter one has; a mean over
                 more tokens has a smaller gradient whatever they say
     per loss    norms divided by the loss; a token that is well predicted has a small gradient whatever it says
-    irrelevant  every prompt with the next one's response, within its condition
-    untrained   the same architecture with fresh weights, which knows nothing of responses
+    irrelevant  every prompt with the next different response of its condition
+    untrained   the same architecture with fresh weights, which knows nothing of responses; matched alike
 
     torchstone diagnose layer-gradients MODEL --pairs pairs.jsonl --conditions style
 
@@ -22,37 +22,36 @@ Pitfall: special tokens are not added. Write them into the prompt, as the model'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from torchstone.data.stdlib import StdlibConfig
 from torchstone.diagnose.gradients.capture import select_matrices
-from torchstone.diagnose.gradients.pairs import Boundary, Example, Pair, halved, matched, read_pairs, rotated, tokenise
-from torchstone.diagnose.gradients.profile import Normalize, Profile, gradient_profile
-from torchstone.diagnose.gradients.ratio import Ratio, ratio_of
+from torchstone.diagnose.gradients.pairs import (
+    CONDITIONS,
+    Boundary,
+    Example,
+    Pair,
+    halved,
+    matched,
+    read_pairs,
+    rotated,
+    tokenise,
+)
+from torchstone.diagnose.gradients.profile import Normalize, Profile, gradient_profile, length_limit
+from torchstone.diagnose.gradients.ratio import Contrast, Foreign, Ratio, ratio_of
 from torchstone.diagnose.gradients.tables import Condition, conditions_table, curves, differences_table, ratios_table
 from torchstone.diagnose.subject import Subject
-from torchstone.errors import DataError
+from torchstone.errors import ConfigError, DataError
 from torchstone.report.finding import Finding
 from torchstone.report.result import PaperFigure, Table
 
 UNLIKE = 0.1  # mean lengths further apart than this share are matched
 LISTED = 8
+ANSWERED = 3  # irrelevant responses of that many conditions are in the answer
 PAPER = "Qwen2-1.5B on AQuA, Q, K, V, O; from a secondary summary of the paper"
-
-
-@dataclass(frozen=True, eq=False)
-class Contrast:
-    """A condition against the reference: raw, matched where lengths differ, and the matched one in an untrained model."""
-
-    name: str
-    raw: Ratio
-    matched: Ratio | None
-    per_loss: Ratio
-    untrained: Ratio
-    untrained_matched: Ratio | None
 
 
 def layer_gradients_finding(
@@ -60,11 +59,11 @@ def layer_gradients_finding(
     texts: Sequence[str] = (),
     *,
     pairs: str | Path | Sequence[Pair] | None = None,
-    conditions: str = "condition",
+    conditions: str = CONDITIONS,
     modules: str = "attention",
     normalize: Normalize | None = None,
     batch_size: int = 8,
-    max_length: int = 1024,
+    max_length: int | None = None,
     boundary: Boundary = "joint",
     seed: int = 0,
 ) -> Finding:
@@ -74,19 +73,21 @@ def layer_gradients_finding(
         subject: the model.
         texts: used where there are no pairs: the first half of each text's first 200 words is the prompt, the second half the
             response; at most 64 texts.
-        pairs: a JSONL file with `prompt` and `response`, or `text` and `response`, a line; or pairs in Python.
+        pairs: a JSONL file with `prompt` and `response`, or `text` and `response`, a line; or pairs in Python. Not together with
+            texts.
         conditions: the file's column that names a row's condition; the first condition is the reference.
         modules: `attention` (q, k, v, o), `all` (every linear layer of the blocks), or a regular expression for their paths.
         normalize: `loss` divides norms by the example's loss, `tokens` multiplies them by √(scored tokens); default: neither.
-        batch_size: examples in one forward and backward pass.
-        max_length: tokens after which an example is cut; the model's own limit holds too.
+        batch_size: examples in one forward and backward pass, at most; fewer where their logits would need too much memory.
+        max_length: tokens after which an example is cut; the model's own limit holds too. Default: 1024, or what the model saw
+            at once in training if that is less.
         boundary: how the response's first token is found: in the tokens of the whole text (`joint`), by tokenising prompt and
             response `apart`, or by the prompt's own number of tokens (`official`, as the authors).
         seed: of the random tokens in matching, of resampling, and of the untrained model.
 
     Raises:
         DataError: no pairs and no texts, a damaged file, or no response token within `max_length`.
-        ConfigError: see `gradient_profile`.
+        ConfigError: a column `conditions` that no row has, texts beside pairs; see also `gradient_profile`.
     """
     rows = _rows(texts, pairs, conditions)
     select_matrices(subject, modules)  # a pattern that matches nothing fails before anything is measured
@@ -96,29 +97,31 @@ def layer_gradients_finding(
         for name in dict.fromkeys(pair.condition for pair in rows)
     ]
     contrasts = [measure.contrast(found[0], other) for other in found[1:]]
-    foreign = {c.name: ratio_of(c.irrelevant, c.own, seed) for c in found if c.irrelevant is not None}
-    statements = _statements(found, contrasts, foreign)
+    foreign = {c.name: ratios for c in found if (ratios := measure.foreign(c)) is not None}
     return Finding(
         analysis="layer-gradients",
         title="Gradients of responses, layer by layer",
         question="Which responses pull hardest at which layers, and how much of that is length and loss?",
         subject=subject.describe(),
-        answer=" ".join(statements),
+        answer=" ".join(_statements(found, contrasts, foreign)),
         control=(
-            "Matched: the loss over as many random tokens of the longer response as the shorter one has. Irrelevant: the next "
-            "prompt's response. Untrained: the same architecture with fresh weights, which cannot know a response's kind."
+            "Matched: the loss over as many random tokens of the longer response as the shorter one has. Divided by the loss: "
+            "well predicted tokens have small gradients whatever they say. Irrelevant: the next different response. Untrained: "
+            "the same architecture with fresh weights, on the same tokens, which cannot know a response's kind."
         ),
         tables=_tables(found, contrasts, foreign, seed),
         figures=curves(found),
         paper=_paper(found),
-        notes=tuple(_notes(subject, found, contrasts, normalize)),
+        notes=tuple(_notes(subject, found, contrasts, normalize, measure.max_length)),
     )
 
 
 def _tables(
-    found: Sequence[Condition], contrasts: Sequence[Contrast], foreign: dict[str, Ratio], seed: int
+    found: Sequence[Condition], contrasts: Sequence[Contrast], foreign: dict[str, Foreign], seed: int
 ) -> tuple[Table, ...]:
-    tables = [conditions_table(found), ratios_table(_ratio_rows(found, contrasts, foreign))]
+    rows = [row for contrast in contrasts for row in contrast.rows(found[0].name)]
+    rows += [row for name, ratios in foreign.items() for row in ratios.rows(name)]
+    tables = [conditions_table(found), ratios_table(rows)]
     for other in found[1:]:
         comparison = found[0].own.compare(other.own, seed=seed)
         tables += [differences_table(comparison, found[0].name, other.name)]
@@ -129,6 +132,14 @@ def _tables(
 
 def _rows(texts: Sequence[str], pairs: str | Path | Sequence[Pair] | None, conditions: str) -> list[Pair]:
     """Pairs from what was given, every one with a condition's name."""
+    if pairs is not None and _named(texts):
+        raise ConfigError(
+            f"{len(texts)} texts and pairs were given; the texts would not be read. Give the pairs, or texts without them."
+        )
+    if conditions != CONDITIONS and not isinstance(pairs, (str, Path)):
+        raise ConfigError(
+            f"conditions={conditions!r} names a column of a file of pairs, and there is no file; give one, or leave it out."
+        )
     if isinstance(pairs, (str, Path)):
         rows = read_pairs(pairs, conditions)
     elif pairs:
@@ -144,58 +155,80 @@ def _rows(texts: Sequence[str], pairs: str | Path | Sequence[Pair] | None, condi
     return [Pair(p.prompt, p.response, p.id or str(i), p.condition or "all pairs") for i, p in enumerate(rows)]
 
 
+def _named(texts: Sequence[str]) -> bool:
+    """Whether the user named texts; where none are named, the command line hands over the embedded corpus."""
+    return bool(texts) and texts[0] != next(StdlibConfig().build().documents()).text
+
+
 class _Measure:
     """Profiles of conditions under one set of settings."""
 
     def __init__(
-        self, subject: Subject, modules: str, normalize: Normalize | None, batch_size: int, max_length: int,
-        boundary: Boundary, seed: int,
+        self, subject: Subject, modules: str, normalize: Normalize | None, batch_size: int,
+        max_length: int | None, boundary: Boundary, seed: int,
     ) -> None:  # fmt: skip
         self.subject, self.boundary, self.seed = subject, boundary, seed
         self.modules, self.normalize = modules, normalize
         self.batch_size = batch_size
-        self.max_length = max_length if subject.max_length is None else min(max_length, subject.max_length)
+        self.max_length = length_limit(subject, max_length)
         self.untrained = subject.untrained(seed)
 
-    def profile(self, examples: Sequence[Example], untrained: bool = False, per_loss: bool = False) -> Profile:
+    def profile(self, examples: Sequence[Example], untrained: bool = False) -> Profile:
         """Gradients of tokenised examples."""
         return gradient_profile(
             self.untrained if untrained else self.subject,
             examples,
             modules=self.modules,
-            normalize="loss" if per_loss else self.normalize,
+            normalize=self.normalize,
             batch_size=self.batch_size,
             max_length=self.max_length,
         )
 
     def condition(self, name: str, pairs: Sequence[Pair]) -> Condition:
-        """Own responses, foreign ones, and own ones in the untrained model."""
+        """Own responses and foreign ones, in the model and in the untrained one."""
         examples = tuple(tokenise(self.subject, pair, self.boundary) for pair in pairs)
         foreign = [tokenise(self.subject, pair, self.boundary) for pair in rotated(pairs)]
-        irrelevant = self.profile(foreign) if len(pairs) > 1 else None
-        return Condition(name, examples, self.profile(examples), irrelevant, self.profile(examples, untrained=True))
+        return Condition(
+            name,
+            examples,
+            own=self.profile(examples),
+            irrelevant=self.profile(foreign) if foreign else None,
+            untrained=self.profile(examples, untrained=True),
+            untrained_irrelevant=self.profile(foreign, untrained=True) if foreign else None,
+            without_foreign=len(pairs) - len(foreign),
+        )
 
     def contrast(self, reference: Condition, other: Condition) -> Contrast:
         """The other condition's gradients relative to the reference's."""
         lengths = [float(c.own.targets_n.double().mean()) for c in (reference, other)]
-        raw, untrained = ratio_of(other.own, reference.own, self.seed), self._untrained(reference, other)
+        raw = ratio_of(other.own, reference.own, self.seed)
+        untrained = ratio_of(other.untrained, reference.untrained, self.seed)
         if abs(lengths[1] / lengths[0] - 1) <= UNLIKE:
-            pair = (reference.examples, other.examples)
-            return Contrast(other.name, raw, None, self._ratio(*pair, per_loss=True), untrained, None)
-        pair = self._equal(reference.examples, other.examples)
+            return Contrast(other.name, raw, untrained, None, None, self._per_loss(other.own, reference.own))
+        first, second = self._equal(reference.examples, other.examples)
+        below, above = self.profile(first), self.profile(second)
+        fresh_below, fresh_above = self.profile(first, untrained=True), self.profile(second, untrained=True)
         return Contrast(
-            other.name, raw, self._ratio(*pair), self._ratio(*pair, per_loss=True), untrained,
-            self._ratio(*pair, untrained=True),
-        )  # fmt: skip
+            other.name,
+            raw,
+            untrained,
+            matched=ratio_of(above, below, self.seed),
+            untrained_matched=ratio_of(fresh_above, fresh_below, self.seed),
+            per_loss=self._per_loss(above, below),
+        )
 
-    def _untrained(self, reference: Condition, other: Condition) -> Ratio:
-        return ratio_of(other.untrained, reference.untrained, self.seed)
+    def foreign(self, condition: Condition) -> Foreign | None:
+        """Irrelevant responses relative to the condition's own; None where there are none."""
+        if condition.irrelevant is None or condition.untrained_irrelevant is None:
+            return None
+        return Foreign(
+            ratio_of(condition.irrelevant, condition.own, self.seed),
+            ratio_of(condition.untrained_irrelevant, condition.untrained, self.seed),
+            self._per_loss(condition.irrelevant, condition.own),
+        )
 
-    def _ratio(
-        self, first: Sequence[Example], second: Sequence[Example], untrained: bool = False, per_loss: bool = False
-    ) -> Ratio:
-        profiles = [self.profile(examples, untrained, per_loss) for examples in (second, first)]
-        return ratio_of(profiles[0], profiles[1], self.seed)
+    def _per_loss(self, above: Profile, below: Profile) -> Ratio:
+        return ratio_of(above.normalised("loss"), below.normalised("loss"), self.seed)
 
     def _equal(
         self, first: Sequence[Example], second: Sequence[Example]
@@ -217,31 +250,19 @@ class _Measure:
         return cut(first), cut(second)
 
 
-def _ratio_rows(
-    found: Sequence[Condition], contrasts: Sequence[Contrast], foreign: dict[str, Ratio]
-) -> list[tuple[str, Ratio]]:
-    rows: list[tuple[str, Ratio]] = []
-    for c in contrasts:
-        name = f"{c.name} / {found[0].name}"
-        rows += [(name, c.raw)]
-        rows += [(f"{name}, matched tokens", c.matched)] if c.matched else []
-        rows += [(f"{name}, {'matched tokens, ' if c.matched else ''}divided by loss", c.per_loss)]
-        rows += [(f"{name}, untrained model", c.untrained)]
-        rows += [(f"{name}, untrained model, matched tokens", c.untrained_matched)] if c.untrained_matched else []
-    return rows + [(f"{name}: irrelevant / own", ratio) for name, ratio in foreign.items()]
-
-
-def _statements(found: Sequence[Condition], contrasts: Sequence[Contrast], foreign: dict[str, Ratio]) -> list[str]:
-    """What the numbers say, control included; at most three sentences."""
+def _statements(found: Sequence[Condition], contrasts: Sequence[Contrast], foreign: dict[str, Foreign]) -> list[str]:
+    """What the numbers say, controls included; at most three sentences."""
     said = []
     if contrasts:
-        c = contrasts[0]
-        text = f"Gradients of {c.name} are {c.raw.words()} those of {found[0].name}"
-        text += f", {c.matched.words()} with as many scored tokens" if c.matched else ""
-        said.append(f"{text}; an untrained model gives {c.untrained.words()}.")
+        said.append(contrasts[0].sentence(found[0].name))
+        more = len(contrasts) - 1
+        said += (
+            [f"{more} more {'contrast is' if more == 1 else 'contrasts are'} in the table of ratios."] if more else []
+        )
     if foreign:
-        shown = ", ".join(f"{ratio.words()} ({name})" for name, ratio in list(foreign.items())[:3])
-        said.append(f"Responses that belong to other prompts have gradients {shown} those of the right ones.")
+        shown = "; ".join(f"{name}: {ratios.words()}" for name, ratios in list(foreign.items())[:ANSWERED])
+        rest = f"; {len(foreign) - ANSWERED} more in the table" if len(foreign) > ANSWERED else ""
+        said.append(f"Gradients of responses that belong to other prompts, relative to the right ones': {shown}{rest}.")
     if not contrasts:
         own, fresh = (float(p.overall().nanmean()) for p in (found[0].own, found[0].untrained))
         said.insert(
@@ -251,7 +272,11 @@ def _statements(found: Sequence[Condition], contrasts: Sequence[Contrast], forei
 
 
 def _notes(
-    subject: Subject, found: Sequence[Condition], contrasts: Sequence[Contrast], normalize: Normalize | None
+    subject: Subject,
+    found: Sequence[Condition],
+    contrasts: Sequence[Contrast],
+    normalize: Normalize | None,
+    limit: int,
 ) -> list[str]:
     notes = []
     lengths = {c.name: float(c.own.targets_n.double().mean()) for c in found}
@@ -267,11 +292,26 @@ def _notes(
         if c.own.not_finite:
             listed = "; ".join(c.own.not_finite[:LISTED])
             notes.append(f"{c.name}: {len(c.own.not_finite)} gradients are not finite and were left out: {listed}.")
+        if c.without_foreign:
+            notes.append(
+                f"{c.name}: {c.without_foreign} of {len(c.examples)} examples have no irrelevant response, because no other "
+                "response of the condition differs from theirs; they are left out there."
+            )
+    notes += _beyond(subject, found, limit)
     dtype = next(subject.model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         notes.append(f"Weights are {dtype}: forward and backward pass have that precision, spectra are in float32.")
     notes.append("One number per example: mean over layers, then geometric mean over matrices.")
     return notes + ([f"Norms are normalised by {normalize}."] if normalize else [])
+
+
+def _beyond(subject: Subject, found: Sequence[Condition], limit: int) -> list[str]:
+    """A note on examples longer than what the model saw in training; the last token is only predicted."""
+    trained = subject.trained_length
+    if trained is None:
+        return []
+    beyond = sum(min(len(example.tokens), limit) - 1 > trained for c in found for example in c.examples)
+    return [f"Examples longer than the {trained} tokens that the model was trained on: {beyond}."] if beyond else []
 
 
 def _paper(found: Sequence[Condition]) -> tuple[PaperFigure, ...]:

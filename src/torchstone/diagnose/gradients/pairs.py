@@ -29,6 +29,7 @@ from torchstone.errors import ConfigError, DataError
 Boundary = Literal["joint", "apart", "official"]
 BOUNDARIES = ("joint", "apart", "official")
 TEXTS, WORDS = 64, 200  # of texts without prompts
+CONDITIONS = "condition"  # the column that is looked for where none is named
 
 
 @dataclass(frozen=True)
@@ -95,34 +96,44 @@ def _response_start(subject: Subject, tokens: list[int], prompt: list[int], resp
     return start
 
 
-def read_pairs(path: str | Path, conditions: str = "condition") -> list[Pair]:
+def read_pairs(path: str | Path, conditions: str = CONDITIONS) -> list[Pair]:
     """Pairs of a JSONL file: `prompt` and `response`, or `text` and the `response` within it; `id` and the condition's column
-    may be absent.
+    may be absent or null.
 
     Args:
         conditions: name of the column that says which condition a row belongs to.
 
     Raises:
+        ConfigError: no row has a column of that name, which is not the default.
         DataError: naming file and line, for a row that is no object, lacks a field, or whose response is not in its text.
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split(
+            "\n"
+        )  # other line separators are characters of a JSON string
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read as text: {error}.") from error
-    pairs = [_row(f"{path}:{n}", line, n, conditions) for n, line in enumerate(lines, 1) if line.strip()]
-    if not pairs:
+    rows = {n: _object(f"{path}:{n}", line) for n, line in enumerate(lines, 1) if line.strip()}
+    if not rows:
         raise DataError(f"{path} holds no pairs; write one JSON object a line with prompt and response.")
-    return pairs
+    if conditions != CONDITIONS and not any(conditions in row for row in rows.values()):
+        columns = dict.fromkeys(column for row in rows.values() for column in row)
+        raise ConfigError(f"no row of {path} has a column {conditions!r}; its columns are {', '.join(columns)}.")
+    return [_pair(f"{path}:{n}", row, n, conditions) for n, row in rows.items()]
 
 
-def _row(where: str, line: str, number: int, conditions: str) -> Pair:
+def _object(where: str, line: str) -> dict[str, Any]:
     try:
         row: Any = json.loads(line)
     except ValueError as error:
         raise DataError(f"{where}: this line is not JSON ({error}).") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: each line is an object with prompt and response; this one is {type(row).__name__}.")
+    return row
+
+
+def _pair(where: str, row: dict[str, Any], number: int, conditions: str) -> Pair:
     prompt, response = row.get("prompt"), row.get("response")
     if prompt is None and isinstance(row.get("text"), str) and isinstance(response, str):
         place = row["text"].rfind(response)
@@ -135,7 +146,8 @@ def _row(where: str, line: str, number: int, conditions: str) -> Pair:
         raise DataError(
             f"{where}: the texts `prompt` and `response` are needed; found the fields {', '.join(map(str, row))}."
         )
-    return Pair(prompt, response, str(row.get("id", number)), str(row.get(conditions, "")))
+    id, condition = row.get("id"), row.get(conditions)
+    return Pair(prompt, response, str(number if id is None else id), "" if condition is None else str(condition))
 
 
 def halved(texts: Sequence[str]) -> list[Pair]:
@@ -162,8 +174,19 @@ def halved(texts: Sequence[str]) -> list[Pair]:
 
 
 def rotated(pairs: Sequence[Pair]) -> list[Pair]:
-    """Every prompt with the response of the next pair: responses of the same kind that do not belong."""
-    return [replace(pair, response=pairs[(i + 1) % len(pairs)].response) for i, pair in enumerate(pairs)]
+    """Every prompt with the next response that differs from its own: responses of the same kind that do not belong.
+
+    The first follows the last. Pairs without a different response are left out, which is all of them where all answer alike.
+    Spaces around a response make no difference.
+    """
+    words = [pair.response.strip() for pair in pairs]
+    if len(set(words)) < 2:
+        return []
+    found = []
+    for i, pair in enumerate(pairs):
+        following = (j % len(pairs) for j in range(i + 1, i + len(pairs)))
+        found.append(replace(pair, response=next(pairs[j].response for j in following if words[j] != words[i])))
+    return found
 
 
 def matched(example: Example, count: int, generator: np.random.Generator) -> Example:

@@ -6,7 +6,7 @@ For each example on its own (evaluation mode, no update; Li, Li and Zhou, arXiv 
 
 and of each G its nuclear norm Σσ (the paper's statistic), largest σ, Frobenius norm, effective rank and more. Examples share
 one batched backward pass: each example's loss is scaled by its own number of tokens, and the gradient is split by example
-(`gradient_capture`) and reduced in factored form (`gradient_spectra`); neither a batch's nor an example's weight gradient is
+(`capture`) and reduced in factored form (`spectra`); neither a batch's nor an example's weight gradient is
 stored.
 
     subject = open_subject("path/to/model")
@@ -20,25 +20,26 @@ Shapes: n examples · l layers · m matrices per layer · b examples of a batch 
 `normalize`: None; "loss" divides by the example's loss, to which gradients are roughly proportional; "tokens" multiplies by
 the square root of the number of scored tokens, which undoes what averaging over as many unrelated token gradients does to a
 Frobenius norm. Nuclear norms shrink less than that, so that the better control for length is to score as few tokens of the
-longer response (`gradient_pairs.matched`). Ratio and effective rank have no scale and stay.
+longer response (`pairs.matched`). Ratio and effective rank have no scale and stay.
 
-Pitfalls: batches are padded on the right, which a causal model cannot see. All logits of a batch exist at once (b·t·v
-numbers). In bf16 weights the forward pass has three digits, however fine the spectra; use fp32 for published numbers.
+Pitfalls: batches are padded on the right, which a causal model cannot see. Logits exist at scored tokens only, and a batch with
+too many of them is parted (`scored`). In bf16 weights the forward pass has three digits, however fine the spectra; use fp32
+for published numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from torchstone.diagnose.gradients.capture import ATTENTION, Capture, Matrix, select_matrices
 from torchstone.diagnose.gradients.comparison import Comparison, compare_curves, mean_curve, thirds, variation
 from torchstone.diagnose.gradients.pairs import Boundary, Example, Pair, tokenise
+from torchstone.diagnose.gradients.scored import Scored, batches, scored_logits
 from torchstone.diagnose.gradients.spectra import SCALE_FREE, STATS, Factors
 from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError
@@ -47,6 +48,7 @@ from torchstone.report.result import Figure, Line, Table
 Normalize = Literal["loss", "tokens"]
 DEFAULT_STATS = ("nuclear", "sigma1", "effective_rank", "frobenius")
 LISTED = 8  # ids named in a message
+LENGTH = 1024  # tokens after which examples are cut, where the model was trained on as many
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,20 @@ class Profile:
     skipped: tuple[str, ...] = ()
     not_finite: tuple[str, ...] = ()
     normalize: Normalize | None = None
+
+    def normalised(self, normalize: Normalize | None) -> Profile:
+        """These numbers with another normalisation, without measuring again.
+
+        Raises:
+            ConfigError: numbers divided by the loss are to be had without, which a loss of 0 has made impossible.
+        """
+        if normalize == self.normalize:
+            return self
+        if self.normalize == "loss":
+            raise ConfigError("this profile is divided by the loss already; take the profile without normalisation.")
+        scale_n11 = (_scales(self, normalize) / _scales(self, self.normalize))[:, None, None]
+        values = {name: x if name in SCALE_FREE else x * scale_n11 for name, x in self.values.items()}
+        return replace(self, values=values, normalize=normalize)
 
     def statistic(self, name: str = "nuclear") -> Tensor:
         """One statistic, fp64 [n, l, m]; raises ConfigError where the profile does not have it."""
@@ -139,6 +155,13 @@ class Profile:
         return Table(title=f"Examples by {name} of their gradients", columns=columns, rows=rows, note=note)
 
 
+def _scales(profile: Profile, normalize: Normalize | None) -> Tensor:
+    """By what a normalisation multiplies every example's numbers, fp64 [n]."""
+    if normalize == "loss":
+        return torch.where(profile.losses_n == 0, 0.0, 1 / profile.losses_n)  # no loss, no gradient
+    return profile.targets_n.double().sqrt() if normalize == "tokens" else torch.ones_like(profile.losses_n)
+
+
 def _shown(value: float | None) -> float | None:
     return None if value is None or value != value else float(f"{value:.4g}")
 
@@ -158,7 +181,7 @@ def gradient_profile(
     stats: Sequence[str] = DEFAULT_STATS,
     normalize: Normalize | None = None,
     batch_size: int = 8,
-    max_length: int = 1024,
+    max_length: int | None = None,
     boundary: Boundary = "joint",
 ) -> Profile:
     """Statistics of the gradients of every example.
@@ -170,41 +193,47 @@ def gradient_profile(
         stats: of nuclear, sigma1, sigma_min, ratio, frobenius, effective_rank, mean, max, min; the last three read every entry
             and need the products themselves.
         normalize: None, `loss` or `tokens`, see the module's docstring.
-        batch_size: examples in one pass; results do not depend on it beyond rounding.
-        max_length: longer examples are cut; the model's own limit holds too.
-        boundary: see `gradient_pairs`.
+        batch_size: examples in one pass, at most; results do not depend on it beyond rounding.
+        max_length: longer examples are cut; the model's own limit holds too. None: see `length_limit`.
+        boundary: see `pairs`.
 
     Raises:
         ConfigError: an unknown statistic or normalisation, a pattern that matches nothing, a layer without examples.
         DataError: no example has a scored token.
     """
     _check(stats, normalize, batch_size, max_length)
-    limit = max_length if subject.max_length is None else min(max_length, subject.max_length)
-    examples, skipped = _prepared(subject, pairs, limit, boundary)
+    examples, skipped = _prepared(subject, pairs, length_limit(subject, max_length), boundary)
     matrices = select_matrices(subject, modules)
     table = _Collector(len(examples), matrices, tuple(stats))
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].tokens))
-    for start in range(0, len(order), batch_size):
-        table.measure(subject, order[start : start + batch_size], examples)
+    for batch in batches(order, examples, batch_size, subject.vocab_size):
+        table.measure(subject, batch, examples)
     targets_n = torch.tensor([len(example.scored) for example in examples])
-    per_loss_n = torch.where(table.losses_n == 0, 0.0, 1 / table.losses_n)  # no loss, no gradient
-    scale_n = {"loss": per_loss_n, "tokens": targets_n.double().sqrt(), None: torch.ones(len(examples))}[normalize]
-    values = {
-        name: value if name in SCALE_FREE else value * scale_n.double()[:, None, None]
-        for name, value in table.arranged().items()
-    }
     ids = tuple(example.id for example in examples)
-    bad = table.not_finite(ids)
-    return Profile(ids, table.layers, table.names, values, table.losses_n, targets_n, skipped, bad, normalize)
+    raw = Profile(
+        ids, table.layers, table.names, table.arranged(), table.losses_n, targets_n, skipped, table.not_finite(ids)
+    )
+    return raw.normalised(normalize)
 
 
-def _check(stats: Sequence[str], normalize: str | None, batch_size: int, max_length: int) -> None:
+def length_limit(subject: Subject, max_length: int | None) -> int:
+    """Tokens after which an example is cut.
+
+    None: `LENGTH`, or what training showed the model at once if that is less, and one more token, which is only predicted. The
+    model's own limit holds whatever is asked for.
+    """
+    trained = subject.trained_length
+    wanted = max_length if max_length is not None else LENGTH if trained is None else min(LENGTH, trained + 1)
+    return wanted if subject.max_length is None else min(wanted, subject.max_length)
+
+
+def _check(stats: Sequence[str], normalize: str | None, batch_size: int, max_length: int | None) -> None:
     unknown = [name for name in stats if name not in STATS]
     if unknown or not stats:
         raise ConfigError(f"stats={list(stats)!r}: give at least one of {', '.join(STATS)}.")
     if normalize not in (None, "loss", "tokens"):
         raise ConfigError(f"normalize={normalize!r} is unknown; give None, 'loss' or 'tokens'.")
-    if batch_size < 1 or max_length < 2:
+    if batch_size < 1 or (max_length is not None and max_length < 2):
         raise ConfigError(f"batch_size is at least 1 and max_length at least 2; given {batch_size} and {max_length}.")
 
 
@@ -254,8 +283,8 @@ class _Collector:
                 self.raw[s, indices, matrix] = values_b.double().cpu()
 
         with torch.enable_grad(), Capture(subject, self.matrices, (len(chosen), length), sink) as capture:
-            logits_btv = subject.logits(tokens_bt.to(device))
-            losses_b = mean_losses(logits_btv, chosen)
+            scored = Scored.of(chosen, device)
+            losses_b = scored.losses(scored_logits(subject, tokens_bt.to(device), scored))
             capture.backward(losses_b.sum())
         self.losses_n[indices] = losses_b.detach().double().cpu()
 
@@ -274,16 +303,8 @@ class _Collector:
 
 def mean_losses(logits_btv: Tensor, examples: Sequence[Example]) -> Tensor:
     """Mean loss over every example's scored tokens, fp32 [b], differentiable; logits are of the tokens before."""
-    rows = torch.tensor([row for row, example in enumerate(examples) for _ in example.scored])
-    places = torch.tensor([place - 1 for example in examples for place in example.scored])
-    answers = torch.tensor([example.tokens[place] for example in examples for place in example.scored])
-    device = logits_btv.device
-    fine = torch.promote_types(logits_btv.dtype, torch.float32)
-    losses = F.cross_entropy(
-        logits_btv[rows.to(device), places.to(device)].to(fine), answers.to(device), reduction="none"
-    )
-    counts_b = torch.tensor([len(example.scored) for example in examples], device=device)
-    return losses.new_zeros(len(examples)).index_add(0, rows.to(device), losses) / counts_b
+    scored = Scored.of(examples, logits_btv.device)
+    return scored.losses(logits_btv[scored.rows_n, scored.places_n])
 
 
 def _ordered(names: Sequence[str]) -> tuple[str, ...]:

@@ -38,6 +38,69 @@ class Ratio:
         return f"×{self.value:.3g}{ends}"
 
 
+Row = tuple[str, Ratio]
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A condition against the reference.
+
+    Attributes:
+        name: of the condition.
+        raw, untrained: all scored tokens, in the model and in the untrained one.
+        matched, untrained_matched: equally many scored tokens; None where lengths are alike.
+        per_loss: divided by the loss, with equally many scored tokens where lengths differ.
+    """
+
+    name: str
+    raw: Ratio
+    untrained: Ratio
+    matched: Ratio | None
+    untrained_matched: Ratio | None
+    per_loss: Ratio
+
+    def rows(self, reference: str) -> list[Row]:
+        """Every ratio with its name, controls after what they are controls of."""
+        name, like = f"{self.name} / {reference}", "matched tokens, " if self.matched else ""
+        rows = [(name, self.raw), (f"{name}, untrained model", self.untrained)]
+        rows += [(f"{name}, matched tokens", self.matched)] if self.matched else []
+        rows += [(f"{name}, untrained model, matched tokens", self.untrained_matched)] if self.untrained_matched else []
+        return [*rows, (f"{name}, {like}divided by loss", self.per_loss)]
+
+    def sentence(self, reference: str) -> str:
+        """The contrast in one sentence, with its controls."""
+        text = f"Gradients of {self.name} are {self.raw.words()} those of {reference}"
+        text += f" (untrained model: {self.untrained.words()})"
+        if self.matched is None or self.untrained_matched is None:
+            return f"{text}; divided by the loss, {self.per_loss.words()}."
+        return (
+            f"{text}; with as many scored tokens {self.matched.words()} (untrained model: {self.untrained_matched.words()}), and "
+            f"divided by the loss besides, {self.per_loss.words()}."
+        )
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Responses that belong to other prompts against a condition's own: raw, in an untrained model, divided by the loss."""
+
+    raw: Ratio
+    untrained: Ratio
+    per_loss: Ratio
+
+    def rows(self, name: str) -> list[Row]:
+        """Every ratio with its name."""
+        name = f"{name}: irrelevant / own"
+        return [
+            (name, self.raw),
+            (f"{name}, untrained model", self.untrained),
+            (f"{name}, divided by loss", self.per_loss),
+        ]
+
+    def words(self) -> str:
+        """`×1.4 [1.2, 1.6] (untrained model: ×1; divided by the loss: ×0.9)`."""
+        return f"{self.raw.words()} (untrained model: {self.untrained.words()}; divided by the loss: {self.per_loss.words()})"
+
+
 def ratio_of(numerator: Profile, denominator: Profile, seed: int = 0, name: str = "nuclear") -> Ratio:
     """The factor between two profiles; examples whose gradient is 0 or not finite are left out."""
     above, below = _logs(numerator, name), _logs(denominator, name)

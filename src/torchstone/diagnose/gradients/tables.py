@@ -16,13 +16,22 @@ Cell = str | float | int | None
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """What was measured of one condition."""
+    """What was measured of one condition.
+
+    Attributes:
+        name, examples: of the condition.
+        own, irrelevant: with its own and with foreign responses; None where all responses are the same.
+        untrained, untrained_irrelevant: the same in an untrained model.
+        without_foreign: examples that have no irrelevant response.
+    """
 
     name: str
     examples: tuple[Example, ...]
     own: Profile
     irrelevant: Profile | None
     untrained: Profile
+    untrained_irrelevant: Profile | None
+    without_foreign: int
 
 
 def shown(value: float) -> float | None:
@@ -36,7 +45,8 @@ def conditions_table(found: Sequence[Condition]) -> Table:
     rows = []
     for c in found:
         variants: list[tuple[str, Profile | None]] = [
-            ("own", c.own), ("irrelevant", c.irrelevant), ("own, untrained model", c.untrained)
+            ("own", c.own), ("irrelevant", c.irrelevant), ("own, untrained model", c.untrained),
+            ("irrelevant, untrained model", c.untrained_irrelevant),
         ]  # fmt: skip
         rows += [_condition_row(c.name, label, profile) for label, profile in variants if profile is not None]
     return Table(

@@ -14,10 +14,15 @@ The score of a query and a key is a sum over frequency pairs, and each pair can 
 Only queries with more than `OFFSETS` keys before them count for masses, so that offset −o never means the first token, on
 which many heads park their weight.
 
+Masses need a band of each attention map. It is computed again from queries and keys, a block of queries at a time
+(`recomputed`), so that memory grows with the length and not with its square. Layers whose output such weights do not reproduce
+(a cap, a bias, sinks, differential attention) are run once more, and their own maps are read, as few rows at a time as fit.
+
 Shapes: b rows · u query sub-heads (= h, or 2h in differential attention) · h heads · t queries · s keys · m = d/2 pairs ·
 n value pairs · g key heads · o offsets · l layers.
 
-Pitfall: "slow" goes by frequency, not by index: pairs that do not turn are the slowest, wherever they stand.
+Pitfalls: "slow" goes by frequency, not by index: pairs that do not turn are the slowest, wherever they stand. A layer's own maps
+are h·t·s numbers for each row, so that layers as those named above limit the length.
 """
 
 from __future__ import annotations
@@ -27,11 +32,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from torchstone.diagnose.rotary.recomputed import LayerInputs, blocks, recomputed_error
 from torchstone.diagnose.subject import Activations, AttentionLayer, Subject
 from torchstone.errors import ConfigError, DataError
 
 OFFSETS = 8  # offsets 0, -1, … -(OFFSETS - 1) are looked at
-MAP_NUMBERS = 2**24  # numbers of one layer's attention maps that are held at once
+HELD_NUMBERS = 2**24  # numbers of one layer's queries, or of its attention maps, that are held at once
+EXACT, EXACT_HALF = 1e-3, 0.05  # relative error of recomputed outputs up to which the weights are the model's own
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,7 +96,7 @@ class LayerUsage:
 
     @property
     def slow_energy(self) -> tuple[float, float, float]:
-        """Part of the squared norm in the slowest quarter: queries, keys, values; means over heads.
+        """Part of the squared norm in the slowest quarter: queries, keys, values; means over heads that are not all 0.
 
         Values have no frequencies: their pairs take the places of the queries' where there are as many, else they keep
         their own order.
@@ -97,7 +104,7 @@ class LayerUsage:
         slow_m, pairs = self.fastest_first_m[-self.quarter :], self.v_energy_hn.shape[1]
         slow_n = slow_m if pairs == len(self.frequencies_m) else torch.arange(pairs)[-max(1, pairs // 4) :]
         q, k = (share(energy_um, slow_m) for energy_um in (self.q_energy_um, self.k_energy_um))
-        return float(q.mean()), float(k.mean()), float(share(self.v_energy_hn, slow_n).mean())
+        return float(q.nanmean()), float(k.nanmean()), float(share(self.v_energy_hn, slow_n).nanmean())
 
     def ranking(self) -> Tensor:
         """int64 [g, m]: the pairs of each key head by falling product, mean over the query heads that read it."""
@@ -111,9 +118,9 @@ class LayerUsage:
 
 
 def share(x_um: Tensor, chosen: Tensor) -> Tensor:
-    """Part of every row's sum that the chosen columns have; 0 where the row is 0."""
+    """Part of every row's sum that the chosen columns have; NaN where the row is 0."""
     total_u = x_um.sum(dim=1)
-    return torch.where(total_u > 0, x_um[:, chosen].sum(dim=1) / total_u.clamp_min(1e-300), 0.0)
+    return torch.where(total_u > 0, x_um[:, chosen].sum(dim=1) / total_u.clamp_min(1e-300), torch.nan)
 
 
 def pair_norms(x_bhtd: Tensor) -> Tensor:
@@ -149,7 +156,7 @@ def positions_of(subject: Subject) -> str:
 
 
 def frequency_usage(subject: Subject, tokens_bt: Tensor) -> tuple[LayerUsage, ...]:
-    """Usage of every rotary layer, each row seen once and one layer's activations held at a time.
+    """Usage of every rotary layer, with one layer's activations held at a time.
 
     Args:
         subject: the model.
@@ -166,14 +173,28 @@ def frequency_usage(subject: Subject, tokens_bt: Tensor) -> tuple[LayerUsage, ..
             f"text too short: rows of {length} tokens, and offsets need at least {OFFSETS + 1}; give longer texts or a "
             "larger length."
         )
+    half = next(subject.model.parameters()).dtype.itemsize < 4
     sums: dict[int, _Sums] = {}
+    unexplained: set[int] = set()
 
     def look(layer: AttentionLayer, seen: Activations) -> None:
-        sums.setdefault(layer.index, _Sums(layer, seen)).add(seen)
+        found = sums.setdefault(layer.index, _Sums(layer, seen))
+        found.add(seen)
+        if layer.index not in unexplained and not found.add_recomputed(layer, seen, EXACT_HALF if half else EXACT):
+            unexplained.add(layer.index)
 
+    def read(layer: AttentionLayer, seen: Activations) -> None:
+        assert seen.weights_bhts is not None
+        sums[layer.index].add_masses(_masses(seen.weights_bhts))
+
+    channels = max(subject.layers[index].heads * subject.layers[index].head_dim for index in layers)
+    for rows_bt in tokens_bt.split(max(1, HELD_NUMBERS // (channels * length))):
+        subject.visit(rows_bt, look, layers=layers)
+    for index in unexplained:
+        sums[index].forget_masses()
     heads = max(subject.layers[index].heads for index in layers)
-    for rows_bt in tokens_bt.split(max(1, MAP_NUMBERS // (heads * length * length))):
-        subject.visit(rows_bt, look, weights=True, layers=layers)
+    for rows_bt in tokens_bt.split(max(1, HELD_NUMBERS // (heads * length * length))) if unexplained else ():
+        subject.visit(rows_bt, read, weights=True, layers=sorted(unexplained))
     return tuple(sums[index].usage() for index in layers)
 
 
@@ -188,16 +209,41 @@ class _Sums:
         self.sums: dict[str, Tensor] = {}
 
     def add(self, seen: Activations) -> None:
-        """Add the means over tokens of every row."""
-        assert seen.weights_bhts is not None
+        """Add the means over tokens of every row, except masses."""
         for name, x_bhtd in (("q", seen.q_bhtd), ("k", seen.k_bhsd), ("v", seen.v_bhse)):
             norms_bhtm = pair_norms(x_bhtd)
             self._add(f"{name}_um", norms_bhtm.mean(dim=2))
             self._add(f"{name}_energy_um", norms_bhtm.square().mean(dim=2))
         self._add("aligned_u", _cosines(seen.q_bhtd, seen.k_bhsd))
         self._add("aligned_previous_u", _cosines(seen.q_bhtd[:, :, 1:], seen.k_bhsd[:, :, :-1]))
-        self._add("mass_ho", _masses(seen.weights_bhts))
         self.rows += seen.q_bhtd.shape[0]
+
+    def add_recomputed(self, layer: AttentionLayer, seen: Activations, exact: float) -> bool:
+        """Add every row's masses from queries and keys; False, and nothing added, where these do not explain the output.
+
+        Args:
+            exact: relative error of the output up to which they do.
+        """
+        if seen.maps_per_head != 1:
+            return False
+        rows = [
+            LayerInputs(q_htd, k_hsd, v_hse, output_the, None, seen.scale, layer.window)
+            for q_htd, k_hsd, v_hse, output_the in zip(
+                seen.q_bhtd, seen.k_bhsd, seen.v_bhse, seen.heads_bthe, strict=True
+            )
+        ]
+        if not all(recomputed_error(row) <= exact for row in rows):
+            return False
+        self.add_masses(torch.stack([_recomputed_masses(row) for row in rows]))
+        return True
+
+    def add_masses(self, mass_bho: Tensor) -> None:
+        """Add masses of some rows."""
+        self._add("mass_ho", mass_bho)
+
+    def forget_masses(self) -> None:
+        """Start the masses again."""
+        self.sums.pop("mass_ho", None)
 
     def _add(self, name: str, values_b: Tensor) -> None:
         total = values_b.sum(dim=0).cpu()
@@ -224,7 +270,25 @@ def _cosines(q_butd: Tensor, k_butd: Tensor) -> Tensor:
 
 def _masses(weights_bhts: Tensor) -> Tensor:
     """Mean over queries of the share of weight at each offset, [b, h, o]."""
-    total_bht = weights_bhts.abs().sum(dim=-1)
-    share_bhts = weights_bhts / total_bht.clamp_min(torch.finfo(weights_bhts.dtype).tiny).unsqueeze(-1)
-    kept = [share_bhts.diagonal(-o, dim1=-2, dim2=-1)[..., OFFSETS - o :] for o in range(OFFSETS)]
+    total_bht = weights_bhts.abs().sum(dim=-1).clamp_min(torch.finfo(weights_bhts.dtype).tiny)
+    kept = [
+        weights_bhts.diagonal(-o, dim1=-2, dim2=-1)[..., OFFSETS - o :] / total_bht[..., OFFSETS:]
+        for o in range(OFFSETS)
+    ]
     return torch.stack([mass_bht.double().mean(dim=-1) for mass_bht in kept], dim=-1)
+
+
+def _recomputed_masses(row: LayerInputs) -> Tensor:
+    """The same [h, o] of one row whose weights are computed again; they are positive and add up to 1."""
+    heads = row.q_htd.shape[0]
+    sum_ho = row.q_htd.new_zeros(heads, OFFSETS, dtype=torch.float64)
+    offsets_o = torch.arange(OFFSETS, device=row.q_htd.device)
+    for block in blocks(row, None, 1):
+        if block.stop <= OFFSETS:
+            continue
+        weights_hrs = row.rows(block)
+        counted_r = torch.arange(max(block.start, OFFSETS), block.stop, device=offsets_o.device)
+        keys_ro = counted_r[:, None] - offsets_o
+        mass_hro = weights_hrs[:, counted_r - block.start].gather(2, keys_ro.expand(heads, -1, -1))
+        sum_ho += mass_hro.double().sum(dim=1)
+    return sum_ho / (row.length - OFFSETS)

@@ -35,6 +35,7 @@ from torchstone.report.finding import Finding
 from torchstone.report.result import PaperFigure
 
 THRESHOLD = 0.9
+LENGTH = 64
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def rope_usage_finding(
     subject: Subject,
     texts: Sequence[str],
     *,
-    length: int = 64,
+    length: int | None = None,
     count: int = 10,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -92,7 +93,7 @@ def rope_usage_finding(
     Args:
         subject: a model with rotary position embedding.
         texts: documents; rows are cut from single texts.
-        length: tokens of a row.
+        length: tokens of a row; None: 64, or what the model saw at once in training if that is less.
         count: rows.
         threshold: weight on one offset that makes an offset head, above 0 and at most 1.
         seed: of the untrained control.
@@ -104,6 +105,7 @@ def rope_usage_finding(
     if not 0 < threshold <= 1:
         raise ConfigError(f"threshold is {threshold}; give the share of weight that makes an offset head, in (0, 1].")
     rotary = rotary_layers(subject)
+    length = length if length is not None else min(LENGTH, subject.trained_length or LENGTH)
     tokens_bt = token_rows(subject, texts, length, count)
     usage, control = analyse_rope_usage(subject, tokens_bt, seed)
     heads, control_heads = offset_heads(usage, threshold), offset_heads(control, threshold)
@@ -186,6 +188,8 @@ def _notes(subject: Subject, rotary: Sequence[int], tokens_bt: Tensor) -> tuple[
         f"{rows} rows of {length} tokens. Masses are over queries with at least {OFFSETS} tokens before them, so that no "
         "offset means the first token."
     ]
+    if subject.trained_length is not None and length > subject.trained_length:
+        notes.append(f"Rows are longer than the {subject.trained_length} tokens that the model was trained on.")
     kinds = sorted({layer.rotation.description for layer in subject.layers if layer.rotation is not None})
     notes.append(f"Rotation: {'; '.join(kinds)}.")
     still = sorted({int((layer.rotation.frequencies_m == 0).sum()) for layer in subject.layers if layer.rotation})

@@ -25,24 +25,24 @@ STILL = "does not turn"
 
 
 def mean_share(usage: Usage, name: str) -> float:
-    """Mean over all heads of `slow_share_u` or `fast_share_u`."""
-    return float(torch.cat([getattr(layer, name) for layer in usage]).mean())
+    """Mean over all heads of `slow_share_u` or `fast_share_u`; heads whose queries or keys are all 0 have none."""
+    return float(torch.cat([getattr(layer, name) for layer in usage]).nanmean())
 
 
 def mean_energy(usage: Usage) -> tuple[float, float, float]:
-    """Part of the squared norm in the slowest quarter, mean over layers: queries, keys, values."""
-    q, k, v = zip(*(layer.slow_energy for layer in usage), strict=True)
-    return sum(q) / len(q), sum(k) / len(k), sum(v) / len(v)
+    """Part of the squared norm in the slowest quarter, mean over layers that have one: queries, keys, values."""
+    q, k, v = torch.tensor([layer.slow_energy for layer in usage], dtype=torch.float64).nanmean(dim=0).tolist()
+    return q, k, v
 
 
 def fastest_layer(usage: Usage) -> int:
     """The layer of the head with the largest share in the fastest quarter."""
-    return max(usage, key=lambda layer: float(layer.fast_share_u.max())).layer
+    return max(usage, key=lambda layer: float(layer.fast_share_u.nan_to_num(-1.0).max())).layer
 
 
-def rounded(value: float) -> float:
-    """Five digits: these are measurements on a few texts."""
-    return float(f"{value:.5g}")
+def rounded(value: float) -> float | None:
+    """Five digits: these are measurements on a few texts. None for what is undefined."""
+    return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
 def wavelength(frequency: float) -> float | None:
@@ -81,7 +81,7 @@ def offset_table(heads: Sequence[OffsetHead], usage: Usage, control: Usage, thre
 def summary_table(usage: Usage, control: Usage, heads: int, control_heads: int) -> Table:
     """Model and untrained control, means over heads."""
 
-    def column(found: Usage, count: int) -> tuple[float | int, ...]:
+    def column(found: Usage, count: int) -> tuple[float | int | None, ...]:
         q, k, v = mean_energy(found)
         shares = (mean_share(found, "slow_share_u"), mean_share(found, "fast_share_u"))
         return (*(rounded(value) for value in (*shares, q, k, v)), count)
@@ -229,6 +229,9 @@ def share_figure(usage: Usage, control: Usage) -> Figure:
     for name, found in (("model", usage), ("untrained", control)):
         columns = min(len(layer.frequencies_m) for layer in found)
         parts_lm = torch.stack([usage_shares(layer)[layer.fastest_first_m][:columns] for layer in found])
+        parts_lm = parts_lm[~parts_lm.isnan().any(dim=1)]  # layers without any usage
+        if not len(parts_lm):
+            continue
         lines.append(
             Line(
                 name=name,
@@ -248,6 +251,6 @@ def share_figure(usage: Usage, control: Usage) -> Figure:
 
 
 def usage_shares(layer: LayerUsage) -> Tensor:
-    """Share of the q·k usage of every pair, mean over heads, [m]."""
+    """Share of the q·k usage of every pair, mean over heads that use any, [m]."""
     product_um = layer.product_um
-    return (product_um / product_um.sum(dim=1, keepdim=True).clamp_min(1e-300)).mean(dim=0)
+    return (product_um / product_um.sum(dim=1, keepdim=True)).nanmean(dim=0)  # 0 / 0 in a head that uses none

@@ -27,6 +27,7 @@ are.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -181,16 +182,21 @@ def fused_attention(
     if wanted > channels and q_butd.device.type == "cpu":
         q_butd = F.pad(q_butd, (0, wanted - channels))
         k_bgsd = F.pad(k_bgsd, (0, wanted - channels))
-    out_bute = F.scaled_dot_product_attention(
-        q_butd,
-        k_bgsd,
-        v_bgse,
-        attn_mask=added,
-        dropout_p=dropout,
-        is_causal=added is None and mask.causal,
-        scale=scale,
-        enable_gqa=q_butd.shape[1] != k_bgsd.shape[1],
-    )
+    # Autocast would round the bias to its half type; torch's CPU kernels take it in fp32 beside queries of a half type.
+    alone = bias is not None and q_butd.device.type == "cpu"
+    if alone:
+        q_butd, k_bgsd, v_bgse = _autocast(q_butd, k_bgsd, v_bgse)
+    with torch.autocast("cpu", enabled=False) if alone else nullcontext():
+        out_bute = F.scaled_dot_product_attention(
+            q_butd,
+            k_bgsd,
+            v_bgse,
+            attn_mask=added,
+            dropout_p=dropout,
+            is_causal=added is None and mask.causal,
+            scale=scale,
+            enable_gqa=q_butd.shape[1] != k_bgsd.shape[1],
+        )
     return mask.clear_empty(out_bute)
 
 

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from torchstone.nn.attention.dape_blocked import SLOPE, dape_attention
+from torchstone.nn.attention.dape_blocked import LARGEST_BLOCK, SLOPE, dape_attention
 from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.roles import Roles
 from torchstone.recipe.part import Part
@@ -83,7 +83,7 @@ class DAPE(ScoreProcessor):
         scale: float,
     ) -> Tensor | None:
         """On the CPU, by `nn.attention.dape_blocked`."""
-        if q_butd.device.type != "cpu":
+        if self.block_rows(q_butd.device) is None:
             return None
         assert self.conv1.bias is not None and self.conv2.bias is not None
         convolutions = self.conv1.weight, self.conv1.bias, self.conv2.weight, self.conv2.bias
@@ -96,8 +96,16 @@ class DAPE(ScoreProcessor):
         return 2.0 * length * (self.conv1.weight.numel() + self.conv2.weight.numel())
 
     def kept_values(self, length: int) -> int:
-        """Scores, hidden layer and maps of the keys that a query sees, half of them on average."""
+        """By the operator: scores, hidden layer and maps of the keys that a query sees, half of them on average."""
         return (2 * self.maps + self.conv1.out_channels) * length // 2
+
+    def kept_at_once(self, length: int) -> int:
+        """Of all keys: what Conv1 reads, the hidden layer before and after its mask, and the maps before and after dropout."""
+        return (self.conv1.in_channels + 2 * self.conv1.out_channels + 2 * self.maps) * length
+
+    def block_rows(self, device: torch.device) -> int | None:
+        """The operator is the CPU's."""
+        return LARGEST_BLOCK if device.type == "cpu" else None
 
     def parameter_roles(self) -> Roles:
         """Neither product of an attention holds them."""
@@ -153,6 +161,11 @@ class DAPEConfig(Part):
         if self.kernel is not None and (self.kernel < 1 or self.kernel % 2 == 0):
             raise ValueError(
                 f"kernel {self.kernel} has no key in its middle; choose an odd number of at least 1, such as 3."
+            )
+        if self.kernel == 1 and not self.mask_hidden:
+            raise ValueError(
+                "mask_hidden false changes nothing with kernel 1, which reads one key at a time; leave mask_hidden out, or "
+                "choose kernel 3 or more."
             )
         return self
 

@@ -33,7 +33,7 @@ from torchstone.nn.memory import device_bytes
 if TYPE_CHECKING:
     from torchstone.nn.attention.core import Difference
 
-CHUNK_SCORES = 1 << 21  # scores, over maps and rows of the batch, that exist at once without gradients
+CHUNK_SCORES = 1 << 21  # scores (or biases), over maps and rows of the batch, that exist at once without gradients
 
 RowBias = Callable[[slice], Tensor]
 """Makes the bias of some rows of queries, [b, u, r, s] or with 1 for b."""
@@ -64,10 +64,11 @@ def processed_attention(
     fine = torch.promote_types(q_butd.dtype, torch.float32)
     k_busd = _repeat(k_bgsd, q_butd.shape[1])
     v_bhse = _repeat(v_bgse, q_butd.shape[1] if difference is None else q_butd.shape[1] // 2)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        _check_memory(q_butd, k_busd.shape[2], processor)
     scores = _Scores(q_butd.to(fine), k_busd.to(fine), mask, scale, bias, processor)
-    if observation is None and dropout == 0:
+    at_once = observation is not None or dropout > 0
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        _check_memory(scores, at_once)
+    if not at_once:
         v_buse = (v_bhse if difference is None else difference.share(v_bhse)).to(fine)
         out_bute = _blocked(scores, v_buse) if torch.is_grad_enabled() else _by_rows(scores, v_buse)
         if out_bute is not None:
@@ -119,6 +120,10 @@ class _Scores:
         key_s = torch.arange(self.keys(rows), device=self.q_butd.device)
         return (query_r[:, None] >= key_s)[None, None]
 
+    def block_rows(self) -> int | None:
+        """Queries that the processor's operator computes at a time, at most; None where it cannot serve this call."""
+        return self.processor.block_rows(self.q_butd.device) if self.mask.causal else None
+
     def processed(self, rows: slice) -> Tensor:
         """Scores after the processor, before the mask, [b, u, r, s]."""
         with torch.autocast(self.q_butd.device.type, enabled=False):
@@ -161,19 +166,27 @@ def _by_rows(scores: _Scores, v_buse: Tensor) -> Tensor:
 
 
 def _chunks(scores: _Scores) -> Iterator[slice]:
+    """Rows whose scores exist at once; of an operator that holds only a block of them, rows whose bias does."""
     b, u, t, _ = scores.q_butd.shape
-    size = max(CHUNK_SCORES // (b * u * scores.k_busd.shape[2]), 1)
+    held, least = b, 1
+    block = scores.block_rows()
+    if block is not None and not scores.processor.reads_ahead:
+        bias = scores.bias_of(slice(0, 1))
+        held, least = 0 if bias is None else bias.shape[0], block
+    size = t if held == 0 else max(CHUNK_SCORES // (held * u * scores.k_busd.shape[2]), least)
     for start in range(0, t, size):
         yield slice(start, min(start + size, t))
 
 
-def _check_memory(q_butd: Tensor, keys: int, processor: ScoreProcessor) -> None:
-    b, u, t, _ = q_butd.shape
-    needed, there = 4 * b * t * processor.kept_values(keys), device_bytes(q_butd.device)
+def _check_memory(scores: _Scores, at_once: bool) -> None:
+    b, u, t, _ = scores.q_butd.shape
+    keys, device, processor = scores.k_busd.shape[2], scores.q_butd.device, scores.processor
+    kept = processor.kept_at_once(keys) if at_once or scores.block_rows() is None else processor.kept_values(keys)
+    needed, there = 4 * b * t * kept, device_bytes(device)
     if needed > there:
         raise ConfigError(
             f"score processors need materialised scores: a training step on {b} sequences of {t} tokens with {u} maps "
-            f"keeps {needed:,} bytes of maps per layer, and {q_butd.device.type} has {there:,}; shorten the sequences or "
+            f"keeps {needed:,} bytes of maps per layer, and {device.type} has {there:,}; shorten the sequences or "
             "set batch.micro lower (evaluation works at any length, in chunks of rows)."
         )
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import torch
 from torch import Tensor, nn
 
 from torchstone.nn.roles import Roles
@@ -48,7 +49,15 @@ class ScoreProcessor(nn.Module, ABC):
 
     @abstractmethod
     def kept_values(self, length: int) -> int:
-        """fp32 values that a training step keeps per query token, maps and scores included."""
+        """fp32 values that a training step keeps per query token, maps and scores included, by `blocked` if there is one."""
+
+    def kept_at_once(self, length: int) -> int:
+        """The same where `blocked` cannot help: all maps exist at once, and every operation keeps what it reads."""
+        return self.kept_values(length)
+
+    def block_rows(self, device: torch.device) -> int | None:
+        """Queries that `blocked` computes at a time, at most; None where it has no operator on this device."""
+        return None
 
     def blocked(
         self,

@@ -41,10 +41,12 @@ class Head(nn.Module, ABC):
     Attributes:
         tied: whether the output matrix is the token embedding.
         soft_cap: bound of the logits, or None.
+        components: feature vectors per token, each with logits of its own.
     """
 
     tied: bool
     soft_cap: float | None = None
+    components: int = 1
 
     @property
     @abstractmethod

@@ -6,12 +6,14 @@ with δ = i − j and φ the rectifier. Dividing by the query's own position kee
 where positions are few, distances count as they are. Learned: c (from 0.1), m (from 1) and the network 1 → D → heads.
 L₀ is half the training length. Under a score processor φ is a leaky rectifier, as in the authors' DAPE-FIRE.
 
-Shapes: b batch · h heads · t queries · s keys · D width of the network · n = t·s or b·t·s scores.
+Shapes: b batch · h heads · t queries · s keys · p different positions · D width of the network · n scores.
 
 Pitfalls
 - i is the 0-based position of the query in its document, so short rows use L only. δ is by index, as for every bias.
 - c and m are not decayed. Everything stays fp32 in a model of half precision and under autocast.
-- With given positions the bias has a batch dimension, as rows of one batch may stand at different positions.
+- With given positions the bias has a batch dimension, as rows of one batch may stand at different positions. The network
+  then runs once for every position that occurs, not for every row; under `torch.compile`, which needs to know sizes
+  beforehand, for every row.
 - Its network is a matrix product, which `flops` of a mixer leaves out, as it leaves out all biases: it is made once for
   all rows and its share shrinks with the batch.
 """
@@ -82,10 +84,28 @@ class FIRE(Fine, BiasedPosition):
     def bias(self, offsets: Offsets) -> Tensor:
         """The network of every relative distance, [h, t, s], or [b, h, t, s] for given positions."""
         with torch.autocast(offsets.distance_ts.device.type, enabled=False):
-            distance_ts = offsets.distance_ts.clamp_min(0).to(self.c.dtype)
-            u = self._relative(distance_ts, offsets.position.to(self.c.dtype).unsqueeze(-1))
-            bias = self.network(u.flatten()).unflatten(1, u.shape)
-        return bias if u.dim() == 2 else bias.transpose(0, 1)
+            if offsets.position.dim() == 2 and not torch.compiler.is_compiling():
+                return self._looked_up(offsets)
+            bias = self._direct(offsets.distance_ts.clamp_min(0), offsets.position)
+        return bias if bias.dim() == 3 else bias.transpose(0, 1)
+
+    def _direct(self, distance_ts: Tensor, position: Tensor) -> Tensor:
+        """The network of every pair of a query's position and a distance, [h, …, s]."""
+        u = self._relative(distance_ts.to(self.c.dtype), position.to(self.c.dtype).unsqueeze(-1))
+        return self.network(u.flatten()).unflatten(1, u.shape)
+
+    def _looked_up(self, offsets: Offsets) -> Tensor:
+        """[b, h, t, s] out of a table of the positions that occur and all distances between s keys.
+
+        Rows of a batch have most positions in common, and the network costs far more than a look-up. Larger distances are
+        cut to the table: a query with such a distance to a key does not see it.
+        """
+        steps = offsets.distance_ts.shape[1]
+        position_p, place_bt = offsets.position.unique(return_inverse=True)
+        table_hps = self._direct(torch.arange(steps, device=position_p.device), position_p)
+        rows_bths = table_hps.transpose(0, 1).index_select(0, place_bt.flatten()).unflatten(0, place_bt.shape)
+        distance_t1s = offsets.distance_ts.clamp(0, steps - 1).unsqueeze(1)
+        return rows_bths.gather(-1, distance_t1s.expand_as(rows_bths)).transpose(1, 2)
 
     def score_term(self, offsets: Offsets) -> ScoreTerm | None:
         """The network of one relative distance, its hidden values one after the other; None where gradients are due.

@@ -1,11 +1,12 @@
 """The frequencies of rotary position: which steps of base^(−2m/denominator) a variant keeps.
 
 Pitfall: `p` keeps the denominator d of the full ladder, `partial` has its own, 2r. Implementations that confuse them
-agree on short texts.
+agree on short texts. The product p·d/2 is rounded before it is cut: 0.29 of 200 channels is 28.999999999999996, 28 pairs.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from torch import Tensor
 from torchstone.errors import ConfigError
 
 Variant = Literal["full", "p", "partial", "reversed"]
+WHOLE = 1e-12  # how far above a whole number, relative to all pairs, rounding alone puts p·d/2
 
 
 class Ladder(NamedTuple):
@@ -37,6 +39,14 @@ def kept_pairs(head_dim: int, p: float) -> int:
     return int(p * head_dim // 2)
 
 
+def least_share(head_dim: int, pairs: int) -> float:
+    """The smallest p, up to rounding, that keeps so many pairs: 2r/d, or the next number that rounds to no fewer."""
+    p = 2 * pairs / head_dim
+    while kept_pairs(head_dim, p) < pairs:
+        p = math.nextafter(p, 1.0)
+    return p
+
+
 def ladder(head_dim: int, base: float, variant: Variant, p: float, scale: float) -> Ladder:
     """The frequencies of a variant.
 
@@ -57,9 +67,12 @@ def ladder(head_dim: int, base: float, variant: Variant, p: float, scale: float)
             )
     elif kept == 0:
         warnings.warn(f"rotary variant {variant} with p {p:g} turns no pair of {pairs}: no position", stacklevel=2)
-    if p * head_dim / 2 != kept:
+    exact = p * head_dim / 2
+    if exact - kept > WHOLE * pairs:
         warnings.warn(
-            f"p {p:g} of {pairs} rotary pairs is {p * head_dim / 2:.4g}, no whole number: {kept} turn", stacklevel=2
+            f"p {p!r} of {pairs} rotary pairs is {exact!r}, no whole number: {kept} turn; p "
+            f"{least_share(head_dim, kept + 1)!r} turns {kept + 1}",
+            stacklevel=2,
         )
     if variant == "partial":
         return Ladder(0, kept, 2 * kept, base, scale)

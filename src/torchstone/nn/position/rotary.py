@@ -34,7 +34,7 @@ from __future__ import annotations
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from torchstone.nn.position.base import Position, PositionContext
@@ -180,16 +180,31 @@ class RotaryConfig(Part):
     variant: Variant = Field(
         default="full", description="pairs that turn; p: the fastest, reversed: the slowest, partial: own ladder"
     )
-    p: float = Field(default=1.0, ge=0, le=1, description="share of the pairs that turn; 1 under full")
+    p: float | None = Field(
+        default=None, ge=0, le=1, description="share of the pairs that turn; null: 1 under full, refused elsewhere"
+    )
     layout: Layout = Field(default="interleaved", description="which channels make a pair")
     base: float = Field(default=10000.0, gt=1, description="wavelengths grow from 2π to 2π·base tokens")
     scale: float = Field(default=1.0, ge=1, description="what positions are divided by (linear interpolation)")
 
+    @field_validator("p")
+    @classmethod
+    def _written_once(cls, p: float | None, info: ValidationInfo) -> float | None:
+        """Under `full` 1 is null, so that a variant put in its place has to name a share of its own."""
+        return None if p == 1 and info.data.get("variant") == "full" else p
+
     @model_validator(mode="after")
     def _fits(self) -> RotaryConfig:
-        check_share(self.variant, self.p)
+        if self.p is not None:
+            check_share(self.variant, self.p)
+        elif self.variant != "full":
+            raise ValueError(
+                f"variant {self.variant} turns a share of the pairs and p, the share, is not given; give p, such as 0.75 (1 "
+                "turns every pair), or choose variant full."
+            )
         return self
 
     def build(self, context: PositionContext) -> Rotary:
         """The module; raises ConfigError where `Rotary` does."""
-        return Rotary(context.head_dim, self.base, self.layout, self.variant, self.p, self.scale)
+        share = 1.0 if self.p is None else self.p
+        return Rotary(context.head_dim, self.base, self.layout, self.variant, share, self.scale)
