@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 
 from torchstone import report
+from torchstone.report import finding_write
+from torchstone.report.finding import Finding
 from torchstone.report.result import Result
 
 FLAGS = (
@@ -119,10 +121,11 @@ class Page:
 
 @pytest.fixture
 def open_report(driver: Any, tmp_path: Path) -> Callable[..., Page]:
-    """Write a result's report and open it from disk, at a width and in a colour scheme."""
+    """Write the report of a result or finding and open it from disk, at a width and in a colour scheme."""
 
-    def opened(result: Result, width: int = 1100, scheme: str = "light") -> Page:
-        path = report.write(result, tmp_path / "report")
+    def opened(result: Result | Finding, width: int = 1100, scheme: str = "light") -> Page:
+        write = finding_write.write if isinstance(result, Finding) else report.write
+        path = write(result, tmp_path / "report")  # type: ignore[arg-type]
         driver.execute_cdp_cmd(
             "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         )

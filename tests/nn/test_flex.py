@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchstone.nn.attention.bias import parallel_bias
-from torchstone.nn.attention.core import Difference, eager_attention
+from torchstone.nn.attention.core import eager_attention
+from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.flex import fits_flex, flex_attention
 from torchstone.nn.attention.mask import CAUSAL, parallel_mask
 from torchstone.nn.attention.observe import Observation

@@ -52,6 +52,7 @@ RECORDS = (
         parts=(
             "src/torchstone/nn/position/ladder.py", "src/torchstone/nn/position/rotary.py",
             "src/torchstone/diagnose/rotary/rope_usage.py", "src/torchstone/diagnose/rotary/rope_usage_tables.py",
+            "src/torchstone/diagnose/rotary/offset_heads.py",
             "src/torchstone/diagnose/rotary/frequency_usage.py", "src/torchstone/diagnose/rotary/theory.py",
             "src/torchstone/data/synthetic/previous_copy.py", "src/torchstone/data/synthetic/key_match.py",
             "src/torchstone/evals/extrapolation.py",

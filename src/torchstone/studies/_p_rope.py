@@ -13,7 +13,7 @@ from torch import Tensor
 from torchstone.data.batch import IGNORE, Batch
 from torchstone.diagnose.adapters import open_subject
 from torchstone.diagnose.rotary.frequency_usage import frequency_usage
-from torchstone.diagnose.rotary.rope_usage import offset_heads
+from torchstone.diagnose.rotary.offset_heads import offset_heads
 from torchstone.diagnose.rotary.rope_usage_tables import mean_energy, mean_share, usage_shares
 from torchstone.diagnose.rotary.theory import constructed_attention, constructed_logits, measured_reach, semantic_reach
 from torchstone.diagnose.subject import Subject

@@ -21,8 +21,9 @@ from torchstone.diagnose.rotary.frequency_usage import (
     pair_norms,
     share,
 )
+from torchstone.diagnose.rotary.offset_heads import OffsetHead, offset_heads
 from torchstone.diagnose.rotary.recomputed import LayerInputs
-from torchstone.diagnose.rotary.rope_usage import OffsetHead, offset_heads, rope_usage_finding
+from torchstone.diagnose.rotary.rope_usage import rope_usage_finding
 from torchstone.diagnose.rotary.rope_usage_tables import mean_share, usage_shares, usage_table
 from torchstone.diagnose.rotary.theory import rotated, spread
 from torchstone.diagnose.subject import Activations, AttentionLayer, Rotation, Subject

@@ -10,7 +10,8 @@ from families import tiny_model
 
 from torchstone.diagnose.adapters import open_subject
 from torchstone.diagnose.rotary.frequency_usage import _masses, frequency_usage
-from torchstone.diagnose.rotary.rope_usage import offset_heads, rope_usage_finding
+from torchstone.diagnose.rotary.offset_heads import offset_heads
+from torchstone.diagnose.rotary.rope_usage import rope_usage_finding
 from torchstone.diagnose.rotary.theory import rotated, spread
 from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError, DataError

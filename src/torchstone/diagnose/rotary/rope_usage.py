@@ -20,48 +20,21 @@ needs an intervention.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from torchstone.diagnose.rotary import rope_usage_tables as tables
 from torchstone.diagnose.rotary.frequency_usage import OFFSETS, LayerUsage, frequency_usage, rotary_layers
+from torchstone.diagnose.rotary.offset_heads import THRESHOLD, OffsetHead, offset_heads
 from torchstone.diagnose.subject import Subject
 from torchstone.diagnose.texts import token_rows
 from torchstone.errors import ConfigError
 from torchstone.report.finding import Finding
 from torchstone.report.result import PaperFigure
 
-THRESHOLD = 0.9
 LENGTH = 64
-
-
-@dataclass(frozen=True)
-class OffsetHead:
-    """A head that looks at one offset.
-
-    Attributes:
-        layer, head: where it is.
-        offset: 0 for the token itself, -1 for the one before, …
-        mass: mean weight there.
-    """
-
-    layer: int
-    head: int
-    offset: int
-    mass: float
-
-
-def offset_heads(usage: Iterable[LayerUsage], threshold: float = THRESHOLD) -> list[OffsetHead]:
-    """Heads with at least `threshold` of their weight on one of the offsets 0, -1, … -(OFFSETS - 1), most mass first."""
-    found = []
-    for layer in usage:
-        offset_h, mass_h = layer.best_offset()
-        for head in (mass_h >= threshold).nonzero().flatten().tolist():
-            found.append(OffsetHead(layer.layer, head, int(offset_h[head]), float(mass_h[head])))
-    return sorted(found, key=lambda head: -head.mass)
 
 
 def analyse_rope_usage(subject: Subject, tokens_bt: Tensor, seed: int = 0) -> tuple[tuple[LayerUsage, ...], ...]:

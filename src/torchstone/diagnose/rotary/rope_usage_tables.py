@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from torchstone.diagnose.rotary.frequency_usage import LayerUsage
+from torchstone.diagnose.rotary.offset_heads import OffsetHead
 from torchstone.report.finding import Heatmap
 from torchstone.report.result import Figure, Line, Table
-
-if TYPE_CHECKING:
-    from torchstone.diagnose.rotary.rope_usage import OffsetHead
 
 Usage = Sequence[LayerUsage]
 Row = tuple[str | float | int | None, ...]

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchstone.nn.attention.core import Difference
+from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.heads import Heads, check_groups
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.attention.score_processor import ScoreProcessor

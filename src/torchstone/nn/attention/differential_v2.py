@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from torchstone.errors import ConfigError
-from torchstone.nn.attention.core import Difference
+from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.heads import Heads
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.attention.score_processor import ScoreProcessor

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from torchstone.nn.attention.bias import parallel_bias, step_bias
-from torchstone.nn.attention.core import Difference, attend
+from torchstone.nn.attention.core import attend
+from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.mask import parallel_mask, step_mask
 from torchstone.nn.attention.observe import Observable
 from torchstone.nn.attention.score_processor import ScoreProcessor

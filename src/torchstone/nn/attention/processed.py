@@ -18,20 +18,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchstone.errors import ConfigError
+from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.mask import Mask
 from torchstone.nn.attention.observe import Observation
 from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.memory import device_bytes
-
-if TYPE_CHECKING:
-    from torchstone.nn.attention.core import Difference
 
 CHUNK_SCORES = 1 << 21  # scores (or biases), over maps and rows of the batch, that exist at once without gradients
 
