@@ -123,7 +123,9 @@
         tables.push(columns);
       });
       const data = uPlot.join(tables);
-      this.points = data[0].length;
+      const across = data[0];
+      this.few = across.length <= 12;
+      this.even = across.every((value, i) => Number.isInteger(value) && (i === 0 || value - across[i - 1] === across[1] - across[0]));
       return { data, series, bands };
     }
 
@@ -152,11 +154,12 @@
       };
     }
 
-    // A logarithmic horizontal axis with few points has its grid lines at the points (64, 128, 256 …), else at 1, 2, 5 ….
+    // With few points the grid lines of the horizontal axis stand at the points, if it is logarithmic (64, 128, 256 …) or the
+    // points are whole numbers in even steps (layers); else a logarithmic one has them at 1, 2, 5 ….
     across(labelled) {
-      if (!this.spec.logX) return {};
       const inSight = (plot) => plot.data[0].filter((value) => value >= plot.scales.x.min && value <= plot.scales.x.max);
-      return this.points <= 12 ? { splits: inSight, filter: (plot, splits) => splits } : { filter: labelled };
+      if (this.spec.logX) return this.few ? { splits: inSight, filter: (plot, splits) => splits } : { filter: labelled };
+      return this.few && this.even ? { splits: inSight } : {};
     }
 
     // Which grid lines of a logarithmic axis get a label: powers of ten, and 2 and 5 times those where there is room.
