@@ -90,7 +90,7 @@ class DapeV2(TrainingStudy):
     }  # fmt: skip
 
     def base(self, scale: Scale) -> Recipe:
-        """Kerple alone, on bytes of text, as the sheet of the method sets it."""
+        """Kerple alone, on bytes of text, as planned beforehand."""
         s = scale.settings
         return load_recipe({
             "model": {

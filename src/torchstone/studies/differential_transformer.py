@@ -72,7 +72,7 @@ class DifferentialTransformer(TrainingStudy):
     }
 
     def base(self, scale: Scale) -> Recipe:
-        """Softmax attention on recall, as the sheet of the method sets it."""
+        """Softmax attention on recall, as planned beforehand."""
         s = scale.settings
         return load_recipe({
             "model": {
