@@ -66,25 +66,14 @@ class AdditionConfig(Part):
         return Addition(self)
 
 
-class Addition(Task):
+class Addition(Task[AdditionConfig]):
     """DataSource of additions."""
 
     def __init__(self, settings: AdditionConfig) -> None:
         super().__init__(settings)
-        self.settings = settings
         self._numbers = 9 * 10 ** (settings.digits - 1)
         self._shuffle = Permutation(self._numbers**2, key("addition"))
         self._cut = max(1, round(settings.held_out * self._numbers**2))
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.vocabulary()
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.sequence_length()
 
     def rows(self, keys_b: Keys) -> Rows:
         """Training sequences."""

@@ -68,22 +68,8 @@ class BigramConfig(Part):
         return Bigram(self)
 
 
-class Bigram(Task):
+class Bigram(Task[BigramConfig]):
     """DataSource of sequences from one table."""
-
-    def __init__(self, settings: BigramConfig) -> None:
-        super().__init__(settings)
-        self.settings = settings
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.vocab_size
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.length
 
     @cached_property
     def log_table_vv(self) -> NDArray[np.float64]:

@@ -68,22 +68,8 @@ class GapRecallConfig(Part):
         return GapRecall(self)
 
 
-class GapRecall(Task):
+class GapRecall(Task[GapRecallConfig]):
     """DataSource of recall over known gaps."""
-
-    def __init__(self, settings: GapRecallConfig) -> None:
-        super().__init__(settings)
-        self.settings = settings
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.vocabulary()
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.sequence_length()
 
     def rows(self, keys_b: Keys) -> Rows:
         """Definitions in random cells, questions and filler in the others."""

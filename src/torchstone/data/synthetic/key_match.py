@@ -68,22 +68,8 @@ class KeyMatchConfig(Part):
         return KeyMatch(self)
 
 
-class KeyMatch(Task):
+class KeyMatch(Task[KeyMatchConfig]):
     """DataSource of key matches."""
-
-    def __init__(self, settings: KeyMatchConfig) -> None:
-        super().__init__(settings)
-        self.settings = settings
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.vocabulary()
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.length
 
     def rows(self, keys_b: Keys) -> Rows:
         """Filler with carriers at random places, then every question in random order."""

@@ -49,22 +49,8 @@ class PreviousCopyConfig(Part):
         return PreviousCopy(self)
 
 
-class PreviousCopy(Task):
+class PreviousCopy(Task[PreviousCopyConfig]):
     """DataSource of previous-token copy."""
-
-    def __init__(self, settings: PreviousCopyConfig) -> None:
-        super().__init__(settings)
-        self.settings = settings
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.symbols
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.length
 
     def rows(self, keys_b: Keys) -> Rows:
         """Independent symbols, and each one's predecessor as the target."""

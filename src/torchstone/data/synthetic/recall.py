@@ -63,22 +63,8 @@ class RecallConfig(Part):
         return Recall(self)
 
 
-class Recall(Task):
+class Recall(Task[RecallConfig]):
     """DataSource of recall sequences."""
-
-    def __init__(self, settings: RecallConfig) -> None:
-        super().__init__(settings)
-        self.settings = settings
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of token ids."""
-        return self.settings.vocabulary()
-
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.settings.sequence_length()
 
     def rows(self, keys_b: Keys) -> Rows:
         """Training sequences."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +21,11 @@ from torchstone.data.source import DocumentSpan, row_range
 from torchstone.recipe.part import Part
 from torchstone.storage.hashing import fingerprint_of
 
+S = TypeVar("S", bound=Part)
 Rows = tuple[NDArray[np.int64], NDArray[np.int64]]
 
 
-class Task(ABC):
+class Task(ABC, Generic[S]):
     """A DataSource whose sequences are generated.
 
     Args:
@@ -34,19 +36,20 @@ class Task(ABC):
     tokenizer = None
     bytes_per_token = None
 
-    def __init__(self, settings: Part) -> None:
+    def __init__(self, settings: S) -> None:
+        self.settings = settings
         self.fingerprint = fingerprint_of({"task": settings.model_dump(mode="json"), "version": self.version})
         self.name = settings.kind
 
     @property
-    @abstractmethod
     def vocab_size(self) -> int:
         """Number of token ids."""
+        return self.settings.vocabulary()  # type: ignore[attr-defined]
 
     @property
-    @abstractmethod
     def length(self) -> int:
         """Tokens of a sequence."""
+        return self.settings.sequence_length()  # type: ignore[attr-defined]
 
     @abstractmethod
     def rows(self, keys_b: Keys) -> Rows:
