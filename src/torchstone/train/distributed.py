@@ -11,6 +11,7 @@ run on GPUs yet.
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -112,5 +113,7 @@ def world(device: torch.device | None = None) -> Iterator[World]:
 
 
 def _leave() -> None:
+    """Leave the group. What DDP holds of it is freed first: freed after it, at the end of the process, it aborts."""
     if dist.is_initialized():
+        gc.collect()
         dist.destroy_process_group()
