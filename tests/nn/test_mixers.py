@@ -137,10 +137,20 @@ def _left_padded(lengths: list[int]) -> tuple[Tensor, Span]:
     return tokens(len(lengths), longest), span
 
 
-@every_mixer
-@torch.no_grad()
+@pytest.mark.parametrize("name", [name for name in MIXERS if "dape" not in name])
 def test_left_padded_batch_equals_rows_alone(name: str) -> None:
-    model, lengths, extra = build(name), [3, 8, 1], 4
+    _left_padded_equals_alone(build(name), CLOSE)
+
+
+@every_mixer
+def test_left_padded_batch_equals_rows_alone_in_fp64(name: str) -> None:
+    """Where a norm follows processed scores, fp32 rounding is larger than any tolerance that would find a fault."""
+    _left_padded_equals_alone(build(name).double(), 1e-10)
+
+
+@torch.no_grad()
+def _left_padded_equals_alone(model: Decoder, tolerance: float) -> None:
+    lengths, extra = [3, 8, 1], 4
     tokens_bt, span = _left_padded(lengths)
     more_bt = tokens(3, extra, seed=2)
     state = model.new_state(3, 8 + extra)
@@ -151,8 +161,7 @@ def test_left_padded_batch_equals_rows_alone(name: str) -> None:
     together = torch.cat(hidden, dim=1)
     for row, length in enumerate(lengths):
         alone = torch.cat([tokens_bt[row : row + 1, 8 - length :], more_bt[row : row + 1]], dim=1)
-        expected = model(alone).hidden_btd
-        close(together[row : row + 1, 8 - length :], expected, CLOSE * max(1.0, float(expected.abs().max())))
+        close(together[row : row + 1, 8 - length :], model(alone).hidden_btd, tolerance)
 
 
 @every_mixer
@@ -214,9 +223,11 @@ def test_observed_equals_fast(name: str) -> None:
     gradients = []
     for hidden_btd in (fast, eager):
         gradients.append(torch.autograd.grad(hidden_btd.pow(3).sum(), list(model.parameters())))
-    noise = 1e-6 * max(float(gradient.abs().max()) for gradient in gradients[1])  # a constant in the scores has none
-    for left, right in zip(*gradients, strict=True):
-        close(left, right, max(1e-4 * float(right.abs().max()), noise))
+    largest = max(float(gradient.abs().max()) for gradient in gradients[1])
+    for (parameter, _), left, right in zip(model.named_parameters(), *gradients, strict=True):
+        # softmax does not see a constant in the scores: these gradients are 0 but for rounding
+        constant = parameter.endswith(("position.network.out_bias", "score_processor.conv2.bias"))
+        close(left, right, 1e-6 * largest if constant else 1e-4 * float(right.abs().max()))
     assert model.blocks[0].mixer.observation is None
 
 
