@@ -36,7 +36,7 @@ FLOORS = (
     {"models", "objectives", "optim", "data"},
     {"train"},
     {"report"},
-    {"llm", "evals", "diagnose"},
+    {"llm", "evals", "diagnose", "interop"},
     {"lab"},
     {"studies"},
     {"cli", "__main__"},

@@ -7,11 +7,16 @@ from __future__ import annotations
 
 KINDS: dict[str, dict[str, str]] = {
     "model": {
+        "belief-state": "torchstone.models.belief_state:BeliefStateConfig",
         "decoder": "torchstone.models.decoder:DecoderConfig",
     },
     "mixer": {
         "attention": "torchstone.nn.attention.multihead:AttentionConfig",
         "differential": "torchstone.nn.attention.differential:DifferentialConfig",
+        "hgrn2": "torchstone.nn.recurrence.hgrn2:HGRN2Config",
+        "local-attention": "torchstone.nn.attention.local:LocalAttentionConfig",
+        "moa": "torchstone.nn.experts.moa:MoAConfig",
+        "rglru": "torchstone.nn.recurrence.rglru:RGLRUConfig",
     },
     "position": {
         "alibi": "torchstone.nn.position.alibi:ALiBiConfig",
@@ -24,9 +29,18 @@ KINDS: dict[str, dict[str, str]] = {
         "dape": "torchstone.nn.attention.dape:DAPEConfig",
     },
     "feedforward": {
+        "geglu": "torchstone.nn.feedforward.geglu:GeGLUConfig",
+        "mlp": "torchstone.nn.feedforward.mlp:MLPConfig",
+        "pattention": "torchstone.nn.feedforward.pattention:PattentionFeedForwardConfig",
+        "smoe": "torchstone.nn.experts.smoe:SMoEConfig",
         "swiglu": "torchstone.nn.feedforward.swiglu:SwiGLUConfig",
     },
+    "projection": {
+        "linear": "torchstone.nn.projection.linear:LinearProjectionConfig",
+        "pattention": "torchstone.nn.projection.pattention:PattentionConfig",
+    },
     "norm": {
+        "layernorm": "torchstone.nn.norm.layernorm:LayerNormConfig",
         "rmsnorm": "torchstone.nn.norm.rmsnorm:RMSNormConfig",
     },
     "head": {
@@ -35,21 +49,27 @@ KINDS: dict[str, dict[str, str]] = {
         "mixture-of-softmaxes": "torchstone.nn.heads.mixture:MixtureOfSoftmaxesConfig",
     },
     "initialisation": {
+        "fan-in": "torchstone.nn.fan_in:FanInConfig",
         "normal": "torchstone.nn.initialisation:NormalConfig",
     },
     "data": {
         "addition": "torchstone.data.synthetic.addition:AdditionConfig",
         "bigram": "torchstone.data.synthetic.bigram:BigramConfig",
+        "far-tag": "torchstone.data.synthetic.far_tag:FarTagConfig",
+        "fill-in-the-middle": "torchstone.data.fill_in_the_middle:FillInTheMiddleConfig",
         "gap-recall": "torchstone.data.synthetic.gap_recall:GapRecallConfig",
         "key-match": "torchstone.data.synthetic.key_match:KeyMatchConfig",
         "mixture": "torchstone.data.mixture:MixtureConfig",
+        "pair-recall": "torchstone.data.synthetic.pair_recall:PairRecallConfig",
         "previous-copy": "torchstone.data.synthetic.previous_copy:PreviousCopyConfig",
         "recall": "torchstone.data.synthetic.recall:RecallConfig",
+        "star-graph": "torchstone.data.synthetic.star_graph:StarGraphConfig",
         "text": "torchstone.data.text:TextConfig",
     },
     "corpus": {
         "files": "torchstone.data.files:FilesConfig",
         "huggingface": "torchstone.data.hub:HuggingFaceConfig",
+        "python-help": "torchstone.data.python_help:PythonHelpConfig",
         "stdlib": "torchstone.data.stdlib:StdlibConfig",
     },
     "tokenizer": {
@@ -58,6 +78,8 @@ KINDS: dict[str, dict[str, str]] = {
         "huggingface": "torchstone.data.tokenizers:HuggingFaceTokenizerConfig",
     },
     "objective": {
+        "belief-state": "torchstone.objectives.belief_state:BeliefStateObjectiveConfig",
+        "fill-in-the-middle": "torchstone.objectives.fill_in_the_middle:FillInTheMiddleObjectiveConfig",
         "next-token": "torchstone.objectives.next_token:NextTokenConfig",
     },
     "optimizer": {
@@ -67,5 +89,6 @@ KINDS: dict[str, dict[str, str]] = {
         "constant": "torchstone.optim.schedules:ConstantConfig",
         "cosine": "torchstone.optim.schedules:CosineConfig",
         "linear": "torchstone.optim.schedules:LinearConfig",
+        "wsd": "torchstone.optim.wsd:WSDConfig",
     },
 }

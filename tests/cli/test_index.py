@@ -51,11 +51,11 @@ def test_where_prints_every_home(out, slug: str) -> None:
 
 def test_recipe_kinds_is_enough_to_write_an_arm(out) -> None:
     families = out("recipe", "kinds")
-    assert "mixer           attention, differential" in families
+    assert "mixer           attention, differential, hgrn2" in families
     mixers = out("recipe", "kinds", "mixer")
     assert "mixer: differential" in mixers
     assert "version             'v1' or 'v2'; default 'v1'." in mixers
-    assert "model.block.mixer=differential" in mixers
+    assert "On the command line: model.block.mixer=" in mixers
     as_data = json.loads(out("recipe", "kinds", "mixer", "--json"))
     assert as_data["mixer"]["attention"]["settings"]["heads"]["default"] is None
 

@@ -174,8 +174,8 @@ def test_an_exit_code_of_a_verb_is_kept(run, verb) -> None:
     ("words", "said"),
     [
         (["comprae"], "Did you mean compare?"),
-        (["where"], "Missing argument"),
-        (["where", "--nonsense", "x"], "No such option"),
+        (["where"], "missing argument 'slug'. See torchstone where --help."),
+        (["where", "--nonsense", "x"], "no such option: --nonsense. See torchstone where --help."),
         (["where", "differential-transfomer"], "Did you mean differential-transformer"),
         (["methods", "--tag", "atention"], "Did you mean attention?"),
         (["recipe", "kinds", "mixr"], "Did you mean mixer?"),
@@ -187,6 +187,7 @@ def test_usage_errors_exit_with_2(run, words: list[str], said: str) -> None:
     code, _, err = run(*words)
     assert code == 2
     assert said in err
+    assert len(err.splitlines()) == 1
     assert "Traceback" not in err
 
 

@@ -109,3 +109,57 @@ def test_two_sources_of_one_task_are_refused() -> None:
 def test_two_corpora_may_be_mixed(stories) -> None:
     text = stories()
     assert Mixture([text, text], [0.5, 0.5]).vocab_size == 2 * text.vocab_size
+
+
+def test_the_message_shows_the_sum_of_the_shares() -> None:
+    for shares, total in (([0.5, 0.6], "1.1"), ([0.2, 0.2], "0.4"), ([0.5, 0.50001], "1.00001")):
+        with pytest.raises(
+            (ConfigError, ValidationError), match=rf"add up to {total}; give one positive share for each"
+        ):
+            parse_part("data", {"kind": "mixture", "sources": TASKS, "shares": shares})
+    assert MixtureConfig(shares=[0.1, 0.9000000001]).shares[0] == 0.1
+
+
+# Shared token ids ---------------------------------------------------------------------------------
+
+
+def test_shared_ids_are_those_of_each_text(stories) -> None:
+    text, masked = stories(), stories(mask_documents=True)
+    mixture = Mixture([text, masked], [0.5, 0.5], "shared")
+    assert mixture.vocab_size == text.vocab_size and mixture.tokenizer is text.tokenizer
+    batch = mixture.batch(3, 5, 8)
+    assert torch.equal(batch.tokens_bt[:4], text.batch(3, 5, 4).tokens_bt)
+    assert torch.equal(batch.tokens_bt[4:], masked.batch(3, 5, 4).tokens_bt)
+    assert torch.equal(batch.targets_bt[4:], masked.batch(3, 5, 4).targets_bt)
+    assert torch.equal(mixture.part(1).own_ids(batch.tokens_bt), batch.tokens_bt)
+    separate = Mixture([text, masked], [0.5, 0.5])
+    assert separate.tokenizer is None and separate.bytes_per_token is None
+    assert separate.fingerprint != mixture.fingerprint
+
+
+def test_bytes_per_token_are_those_of_the_held_out_rows(json_lines, tmp_path) -> None:
+    """A text of two-byte characters has as many tokens as bytes, but for the ends of its documents."""
+    files = [
+        json_lines([{"text": "word " * 40}] * 40, "long.jsonl"),
+        json_lines([{"text": "übergrößenträger"}] * 400, "short.jsonl"),
+    ]
+    config = {"kind": "text", "tokenizer": "bytes", "length": 16, "validation_fraction": 0.5}
+    sources = [{**config, "corpus": {"kind": "files", "paths": str(path)}} for path in files]
+    part = parse_part("data", {"kind": "mixture", "sources": sources, "shares": [0.75, 0.25], "token_ids": "shared"})
+    mixture = part.build(tmp_path / "cache")
+    long, short = (part.inner.bytes_per_token for part in mixture.parts)
+    assert short < long < 1
+    assert mixture.bytes_per_token == pytest.approx(0.75 * long + 0.25 * short)
+    assert part.vocabulary() == mixture.vocab_size == part.sources[0].vocabulary()
+
+
+def test_shared_ids_need_one_tokenizer(stories) -> None:
+    text, task = stories(), RecallConfig(cells=16).build(None)
+    with pytest.raises(ConfigError, match="source 1 of the mixture has no tokenizer; use token_ids: separate"):
+        Mixture([text, task], [0.5, 0.5], "shared")
+    other = stories(tokenizer={"kind": "bpe", "vocab_size": 300})
+    with pytest.raises(ConfigError, match=r"that of source 1 \(300 ids\) is not that of source 0 .*tokenizer: bytes"):
+        Mixture([text, other], [0.5, 0.5], "shared")
+    assert Mixture([other, other], [0.5, 0.5], "shared").vocab_size == 300
+    whole = Mixture([Mixture([text, text], [0.5, 0.5], "shared"), text], [0.5, 0.5], "shared")
+    assert whole.tokenizer is text.tokenizer

@@ -13,10 +13,15 @@ import yaml
 from tiny import tiny_recipe
 
 from torchstone.errors import BudgetError, ConfigError
+from torchstone.evals.ar_loss import ar_losses
 from torchstone.lab.compare import compare
 from torchstone.lab.progress import Quiet
 from torchstone.lab.runner import RunOptions
 from torchstone.lab.training import Matching
+from torchstone.objectives.next_token import NextTokenConfig
+from torchstone.recipe.load import load_recipe
+from torchstone.report.numbers import size
+from torchstone.train.run import load_run
 
 INLINE = RunOptions(on="inline")
 
@@ -49,7 +54,7 @@ def test_tuning_gives_every_arm_its_own_rate_on_separate_seeds(tmp_path):
     finished = run(["v1:model.block.mixer=differential"], tmp_path, tune_seeds=1, grid=[1e-3, 1e-2], match="none")
     assert {arm.learning_rate_policy for arm in finished.result.arms} == {"tuned"}
     assert {arm.learning_rate for arm in finished.result.arms} <= {1e-3, 1e-2}
-    (table,) = finished.result.tables
+    _, table = finished.result.tables
     assert [row[0] for row in table.rows] == ["baseline", "v1"]
     assert any("edge of the grid" in note for note in finished.result.notes)
     cells = list((tmp_path / "tuning" / "cells").glob("*/seed-*"))
@@ -151,3 +156,56 @@ def test_the_report_holds_the_whole_command(tmp_path):
     finished = run(["same:"], tmp_path, match=Matching("flops", "depth", 0.01), margin=0.5)
     for word in ("--match flops", "--free depth", "--tolerance 0.01", "--margin 0.5", "--seeds 2"):
         assert word in finished.result.command
+
+
+def test_every_arm_shows_what_generation_costs(tmp_path):
+    arms = {
+        "local": ["model.block.mixer={kind: attention, window: 4}"],
+        "two-heads": ["model.block.mixer={kind: attention, kv_heads: 2}"],
+    }
+    finished = run(arms, tmp_path, match="none", seeds=1)
+    length = load_recipe(tiny_recipe()).data.sequence_length()
+    (table,) = finished.result.tables
+    assert table.columns == ("arm", "time per token", "FLOPs per token", "state per sequence")
+    assert f"After {4 * length} tokens" in table.note and "other cells shared" in table.note
+    shown = {row[0]: row[1:] for row in table.rows}
+    assert list(shown) == ["baseline", "local", "two-heads"]
+    assert all(" ms" in row[0] for row in shown.values())
+    assert "×" not in "".join(shown["baseline"])
+    full = 2 * 4 * 2 * 4 * length * 32  # keys and values, fp32, two layers, width 32
+    assert shown["baseline"][2] == size(full)
+    assert shown["local"][2] == f"{size(full / length)} (×{1 / length:.2f})"
+    assert shown["two-heads"][2] == f"{size(full / 2)} (×0.50)"
+    costs = [
+        json.loads(path.read_text())["measurement"]["extra"]["decoding"]
+        for path in tmp_path.glob("cells/*/*/cell.json")
+    ]
+    assert {cost["context"] for cost in costs} == {4 * length}
+    assert {cost["state_bytes"] for cost in costs} == {full, full / length, full / 2}
+
+
+def test_tasks_show_answers_and_text_shows_recall(tmp_path):
+    task = run(["same:"], tmp_path / "task", seeds=1).result
+    assert [metric.name for metric in task.metrics] == ["validation_loss", "accuracy"]
+    text = tmp_path / "notes.txt"
+    text.write_text("one two three four five six seven eight nine ten " * 400)
+    data = {"kind": "text", "corpus": {"kind": "files", "paths": [str(text)]}, "tokenizer": "bytes", "length": 32}
+    recipe = tiny_recipe(data=data, evaluation={"every": None, "sequences": 4})
+    finished = run(["same:"], tmp_path / "text", recipe=recipe, seeds=1)
+    assert [metric.name for metric in finished.result.metrics] == ["validation_loss", "recall_loss"]
+    assert {verdict.metric for verdict in finished.verdicts} == {"validation_loss"}
+    _, model, source = load_run(tmp_path / "text" / "cells" / "same" / "seed-0" / "run")
+    wanted = ar_losses(model, NextTokenConfig().build(), source, 4)["ar_hit_loss"]
+    for cell in finished.result.cells:
+        assert cell.metrics["recall_loss"] == pytest.approx(wanted, rel=1e-6)
+    assert "loss on in-context recall" in (tmp_path / "text" / "report.html").read_text()
+
+
+def test_text_without_recall_has_no_such_number(tmp_path):
+    text = tmp_path / "noise.txt"
+    text.write_text("".join(chr(0x21 + (7 * n * n + n // 90) % 90) for n in range(9000)))
+    data = {"kind": "text", "corpus": {"kind": "files", "paths": [str(text)]}, "tokenizer": "bytes", "length": 4}
+    recipe = tiny_recipe(data=data, evaluation={"every": None, "sequences": 2})
+    finished = run(["same:"], tmp_path / "text", recipe=recipe, seeds=1)
+    assert {cell.status for cell in finished.result.cells} == {"done"}
+    assert all("recall_loss" not in cell.metrics for cell in finished.result.cells)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_recipe
 
+from torchstone.cli.main import main
 from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.models.generate import generate
-from torchstone.models.sampling import Sampling
+from torchstone.models.sampling import Sampling, choose_each
+from torchstone.train.run import load_run, train
 
 PROMPTS = [[1, 2, 3], [4, 5, 6, 7, 8, 9, 10], [3]]
 MIXERS: list[Any] = [
@@ -143,3 +148,98 @@ def test_draws_follow_the_distribution() -> None:
     draws = [int(Sampling().choose(logits_bv, [generator])) for _ in range(4000)]
     share = torch.bincount(torch.tensor(draws), minlength=4) / 4000
     torch.testing.assert_close(share, torch.tensor([0.5, 0.3, 0.15, 0.05]), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("mixer", MIXERS, ids=str)
+@pytest.mark.parametrize("prefill", [1, 3, 64])
+def test_prompts_may_be_read_in_chunks(mixer: Any, prefill: int) -> None:
+    model = build(mixer)
+    whole = generate(model, PROMPTS, max_new=6, seed=3)
+    chunked = generate(model, PROMPTS, max_new=6, seed=3, prefill=prefill)
+    assert [completion.tokens for completion in chunked] == [completion.tokens for completion in whole]
+    for one, other in zip(chunked, whole, strict=True):
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+def test_rows_may_be_sampled_in_different_ways() -> None:
+    logits_bv = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    ways = [Sampling(greedy=True), Sampling(top_k=3), Sampling(temperature=0.5), Sampling(top_k=3)]
+    together = choose_each(logits_bv, ways, [torch.Generator().manual_seed(row) for row in range(4)])
+    for row, way in enumerate(ways):
+        assert together[row] == way.choose(logits_bv[row : row + 1], [torch.Generator().manual_seed(row)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was trained for a few steps on text."""
+    place = tmp_path_factory.mktemp("generate")
+    (place / "notes.txt").write_text("".join(f"row {n} of many rows, " for n in range(900)))
+    data = {
+        "kind": "text",
+        "corpus": {"kind": "files", "paths": [str(place / "notes.txt")]},
+        "tokenizer": "bytes",
+        "length": 32,
+    }
+    train(tiny_recipe(data=data, evaluation={"every": None, "sequences": 4}), place / "run")
+    return place / "run"
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as caught:
+        main(("generate", *words))
+    found = capsys.readouterr()
+    return (caught.value.code if isinstance(caught.value.code, int) else 0), found.out, found.err
+
+
+def test_several_prompts_receive_what_they_would_in_one_batch(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts = ["row 1", "many rows, row", "o", "row 77 of many rows, row 78"]
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("\n".join(texts[1:]) + "\n\n")
+    objects = tmp_path / "prompts.jsonl"
+    objects.write_text("\n".join([json.dumps({"prompt": texts[1], "id": 3}), *map(json.dumps, texts[2:])]))
+    settings = ("--max-new", "6", "--seed", "3", "--rows", "2", "--prefill", "5")
+    shown = {}
+    for file in (lines, objects):
+        code, out, err = command(capsys, str(run), "--prompt", texts[0], "--prompts", str(file), *settings)
+        assert code == 0 and "generate: 4/4 prompts" in err
+        shown[file] = [json.loads(line) for line in out.splitlines()]
+    assert shown[lines] == shown[objects]
+    assert [line["prompt"] for line in shown[lines]] == texts
+    out = tmp_path / "out.jsonl"
+    words = [word for text in texts for word in ("--prompt", text)]
+    code, printed, _ = command(capsys, str(run), *words, *settings, "--out", str(out))
+    assert (code, printed) == (0, f"{out}\n")
+    assert [json.loads(line) for line in out.read_text().splitlines()] == shown[lines]
+    _, model, data = load_run(run)
+    encoded = [data.tokenizer.encode(text) for text in texts]
+    wanted = generate(model, encoded, max_new=6, seed=3, temperature=0.8, stop=[[data.tokenizer.end_of_document]])
+    assert [line["completion"] for line in shown[lines]] == [data.tokenizer.decode(one.tokens) for one in wanted]
+    assert [line["tokens"] for line in shown[lines]] == [len(one.tokens) for one in wanted]
+
+
+def test_one_prompt_prints_its_text_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = command(capsys, str(run), "--prompt", "row 1", "--max-new", "5", "--greedy")
+    assert (code, err) == (0, "") and not out.startswith("{")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words", "code", "message"),
+    [
+        ("none.txt", "\n\n", [], 2, "nothing to continue"),
+        ("bad.jsonl", '{"prompt": "x"}\n{"text": "y"}', [], 3, "bad.jsonl, line 2 holds no prompt"),
+        ("bad.jsonl", '"x"\n{', [], 3, "line 2 is no JSON"),
+        ("rows.txt", "x", ["--rows", "0"], 2, "max_rows is 0"),
+        ("rows.txt", "x", ["--max-new", "0"], 2, "at least one token"),
+    ],
+)
+def test_prompts_that_are_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: str, words: list[str], code: int,
+    message: str,
+) -> None:  # fmt: skip
+    (tmp_path / name).write_text(content)
+    found, out, err = command(capsys, str(run), "--prompts", str(tmp_path / name), *words)
+    assert (found, out) == (code, "") and message in err
+    missing, _, err = command(capsys, str(run), "--prompts", str(tmp_path / "nowhere.txt"))
+    assert missing == 3 and "nowhere.txt" in err

@@ -1,4 +1,7 @@
-"""What every mixer promises, checked for every mixer: a new kind adds one line to MIXERS and receives all of it."""
+"""What every mixer promises, checked for every mixer: a new kind adds one line to MIXERS and receives all of it.
+
+What only attention can promise (maps, patterns of visibility, windows) is checked for ATTENTION, the first part of the table.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,16 @@ from torchstone.nn.attention.observe import observe
 from torchstone.nn.span import Span
 from torchstone.optim.groups import decay_rules, split_parameters
 
-MIXERS: dict[str, dict[str, Any]] = {
+ATTENTION: dict[str, dict[str, Any]] = {
     "mha": {"kind": "attention"},
     "gqa": {"kind": "attention", "heads": 4, "kv_heads": 2},
     "mqa window": {"kind": "attention", "kv_heads": 1, "window": 4},
+    "mqa window plus one": {
+        "kind": "local-attention",
+        "window": 3,
+        "window_convention": "plus-one",
+    },
+    "all biases, window": {"kind": "attention", "qkv_bias": True, "output_bias": True, "window": 5},
     "qk norm, half layout": {"kind": "attention", "qk_norm": True, "position": {"kind": "rotary", "layout": "half"}},
     "no position": {"kind": "attention", "position": "none"},
     "output norm, wide": {"kind": "attention", "heads": 6, "head_dim": 8, "output_norm": True},
@@ -52,9 +61,27 @@ MIXERS: dict[str, dict[str, Any]] = {
         "score_processor": "dape",
     },
 }
+MIXERS: dict[str, dict[str, Any]] = {
+    **ATTENTION,
+    "moa": {"kind": "moa", "num_experts": 4},
+    "moa window": {"kind": "moa", "num_experts": 3, "top_k": 3, "kv_heads": 2, "window": 4},
+    "hgrn2": {"kind": "hgrn2"},
+    "hgrn2 wide state, no bound": {"kind": "hgrn2", "expand_ratio": 16, "lower_bound": "none", "chunk_size": 4},
+    "hgrn2 no state expansion": {"kind": "hgrn2", "expand_ratio": 1},
+    "hgrn2 unit": {"kind": "hgrn2", "variant": "unit", "lower_bound": 0.5},
+    "hgrn2 recurrent": {"kind": "hgrn2", "mode": "recurrent"},
+    "rglru": {"kind": "rglru"},
+    "rglru wide": {"kind": "rglru", "lru_width": 48, "num_blocks": 3, "conv_width": 2, "decay_init": "paper"},
+}
+PATTERNS: dict[str, list[str]] = {
+    "RRA": ["rglru", "mqa window plus one", "rglru wide"],
+    "H and G": ["hgrn2", "mha"],
+}
 VOCABULARY, WIDTH, LENGTH, CLOSE = 31, 32, 12, 1e-5
 
+every_attention = pytest.mark.parametrize("name", ATTENTION)
 every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_model = pytest.mark.parametrize("name", [*MIXERS, *PATTERNS])
 
 
 def build(name: str, depth: int = 2, seed: int = 0) -> Decoder:
@@ -62,9 +89,10 @@ def build(name: str, depth: int = 2, seed: int = 0) -> Decoder:
     config = DecoderConfig.model_validate(
         {
             "width": WIDTH,
-            "depth": depth,
+            "depth": max(depth, len(PATTERNS.get(name, []))),
             "head_dim": 8,
-            "block": {"mixer": MIXERS[name]},
+            "block": {"mixer": MIXERS.get(name, "attention")},
+            "pattern": [MIXERS[part] for part in PATTERNS.get(name, [])],
             "initialisation": {"kind": "normal", "std": 0.3, "scale_residual": False},
         }
     )
@@ -79,7 +107,7 @@ def close(left: Tensor, right: Tensor, tolerance: float = CLOSE) -> None:
     torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
 
 
-@every_mixer
+@every_model
 @pytest.mark.parametrize("pieces", [[1] * LENGTH, [7, 1, 1, 1, 1, 1], [2, 5, 1, 4], [LENGTH]], ids=str)
 @torch.no_grad()
 def test_parallel_equals_steps(name: str, pieces: list[int]) -> None:
@@ -90,7 +118,7 @@ def test_parallel_equals_steps(name: str, pieces: list[int]) -> None:
     assert state.length == LENGTH
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_causality(name: str) -> None:
     model, tokens_bt = build(name), tokens(batch=1)
@@ -103,7 +131,7 @@ def test_causality(name: str) -> None:
         assert (after[:, index] - before[:, index]).abs().max() > 1e-3
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_documents_are_separate(name: str) -> None:
     model, tokens_bt = build(name), tokens()
@@ -116,7 +144,7 @@ def test_documents_are_separate(name: str) -> None:
             close(packed[row : row + 1, start:stop], alone)
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_documents_step_by_step(name: str) -> None:
     model, tokens_bt = build(name), tokens(batch=1)
@@ -142,7 +170,7 @@ def test_left_padded_batch_equals_rows_alone(name: str) -> None:
     _left_padded_equals_alone(build(name), CLOSE)
 
 
-@every_mixer
+@every_model
 def test_left_padded_batch_equals_rows_alone_in_fp64(name: str) -> None:
     """Where a norm follows processed scores, fp32 rounding is larger than any tolerance that would find a fault."""
     _left_padded_equals_alone(build(name).double(), 1e-10)
@@ -164,7 +192,7 @@ def _left_padded_equals_alone(model: Decoder, tolerance: float) -> None:
         close(together[row : row + 1, 8 - length :], model(alone).hidden_btd, tolerance)
 
 
-@every_mixer
+@every_attention
 @pytest.mark.parametrize("observed", [False, True], ids=["fast", "eager"])
 def test_rows_that_see_nothing_are_zero(name: str, observed: bool) -> None:
     model = build(name, depth=1)
@@ -183,7 +211,7 @@ def test_rows_that_see_nothing_are_zero(name: str, observed: bool) -> None:
     assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
 
 
-@every_mixer
+@every_attention
 @torch.no_grad()
 def test_pattern_given_explicitly_equals_causal(name: str) -> None:
     model, tokens_bt = build(name), tokens()
@@ -193,7 +221,7 @@ def test_pattern_given_explicitly_equals_causal(name: str) -> None:
     close(model(tokens_bt, Span(allowed_bts=rows_bts)).hidden_btd, model(tokens_bt).hidden_btd)
 
 
-@every_mixer
+@every_attention
 @torch.no_grad()
 def test_window_equals_masked_pattern(name: str) -> None:
     window = MIXERS[name].get("window", 4)
@@ -208,7 +236,7 @@ def test_window_equals_masked_pattern(name: str) -> None:
     close(model(tokens_bt).hidden_btd, expected)
 
 
-@every_mixer
+@every_attention
 def test_observed_equals_fast(name: str) -> None:
     model, tokens_bt = build(name), tokens()
     fast = model(tokens_bt).hidden_btd
@@ -231,7 +259,7 @@ def test_observed_equals_fast(name: str) -> None:
     assert model.blocks[0].mixer.observation is None
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_bf16(name: str) -> None:
     model, tokens_bt = build(name), tokens()
@@ -245,7 +273,7 @@ def test_bf16(name: str) -> None:
         assert (rough - exact).pow(2).mean() < 0.01 * exact.pow(2).mean()
 
 
-@every_mixer
+@every_attention
 def test_flops_agree_with_torch(name: str) -> None:
     model, tokens_bt = build(name), tokens()
     with observe(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -256,7 +284,7 @@ def test_flops_agree_with_torch(name: str) -> None:
     assert (biases > 0) == any(type(block.mixer.position).__name__ == "FIRE" for block in model.blocks)
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_copies_and_state_dicts(name: str) -> None:
     model, tokens_bt = build(name), tokens()
@@ -268,7 +296,7 @@ def test_copies_and_state_dicts(name: str) -> None:
     close(other(tokens_bt).hidden_btd, expected, 0)
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_states_branch_by_copying(name: str) -> None:
     model, tokens_bt = build(name), tokens()
@@ -280,7 +308,7 @@ def test_states_branch_by_copying(name: str) -> None:
     close(model(tokens_bt[:, 8:9], state=branch).hidden_btd, first)
 
 
-@every_mixer
+@every_model
 @torch.no_grad()
 def test_state_says_when_it_is_full(name: str) -> None:
     model = build(name)
@@ -290,7 +318,7 @@ def test_state_says_when_it_is_full(name: str) -> None:
         model(tokens(1, 1), state=state)
 
 
-@every_mixer
+@every_attention
 def test_windowed_state_has_constant_size(name: str) -> None:
     model = build(name)
     sizes = [model.new_state(1, capacity).nbytes() for capacity in (100, 200)]
@@ -318,11 +346,11 @@ def test_declared_parameters_exist(name: str) -> None:
 
 
 @every_mixer
-def test_gains_and_lambdas_are_not_decayed(name: str) -> None:
+def test_gains_lambdas_and_gates_of_the_rglru_are_not_decayed(name: str) -> None:
     model = build(name)
     decayed = {id(parameter) for parameter in split_parameters(model, decay_rules(model))["decay"]}
     for full, parameter in model.named_parameters():
-        special = "lambda_" in full and not full.endswith("w_lambda.weight")
+        special = ("lambda_" in full and not full.endswith("w_lambda.weight")) or ".rg_lru." in full
         assert (id(parameter) in decayed) == (parameter.dim() >= 2 and not special)
 
 

@@ -74,7 +74,7 @@ def test_swiglu() -> None:
     assert layer.w_up.out_features == 64  # 8/3 · 24, a multiple of 8
     x = torch.randn(2, 3, 24)
     expected = layer.w_down(F.silu(layer.w_gate(x)) * layer.w_up(x))
-    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x, Span()), expected)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from torchstone.data.batch import IGNORE, Batch
+from torchstone.models.decoder import DecoderOutput
 from torchstone.nn.heads.linear import LinearHead
 from torchstone.objectives.next_token import (
     CHUNK_LOGITS,
@@ -138,7 +137,7 @@ class Tied(nn.Module):
         self.head = LinearHead(WIDTH, self.embed, tied=True)
 
     def forward(self, tokens_bt, span):
-        return SimpleNamespace(hidden_btd=self.embed(tokens_bt))
+        return DecoderOutput(self.embed(tokens_bt), None)
 
 
 def batch(rows: int = 3, length: int = 9) -> Batch:

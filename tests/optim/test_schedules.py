@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchstone.errors import ConfigError
-from torchstone.optim.schedules import ConstantConfig, CosineConfig, LinearConfig, warmup_steps
+from torchstone.optim.schedules import (
+    ConstantConfig,
+    CosineConfig,
+    LinearConfig,
+    Stage,
+    consecutive,
+    warmup_steps,
+)
 
 SHAPES = [ConstantConfig, LinearConfig, CosineConfig]
 
@@ -60,3 +67,15 @@ def test_a_warmup_that_fits_no_run_is_refused(warmup, steps, word):
 def test_one_step_runs_at_the_peak_or_final_rate():
     assert factors(ConstantConfig(warmup=0), 1) == [1.0]
     assert all(0 < factors(shape(warmup=0), 1)[0] <= 1 for shape in (CosineConfig,))
+
+
+@pytest.mark.parametrize("shape, rest", [(ConstantConfig, "stable"), (LinearConfig, "decay"), (CosineConfig, "decay")])
+def test_stages_are_named_ranges_without_gaps(shape, rest):
+    assert shape(warmup=0.1).build(50).stages() == (Stage("warmup", 0, 5), Stage(rest, 5, 50))
+    assert shape(warmup=7).build(50).stages() == (Stage("warmup", 0, 7), Stage(rest, 7, 50))
+    assert shape(warmup=0).build(50).stages() == (Stage(rest, 0, 50),)
+
+
+def test_stages_without_steps_are_left_out():
+    assert consecutive(("a", 2), ("b", 0), ("a", 3)) == (Stage("a", 0, 2), Stage("a", 2, 5))
+    assert consecutive(("a", 0)) == ()

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from torchstone.cli.options import Jobs, MaxSeeds, On, Out, UntilDecided, most_seeds
 from torchstone.errors import ConfigError
 
+if TYPE_CHECKING:
+    from torchstone.lab.training import Matching
+
 Arms = Annotated[list[str] | None, typer.Option("--arm", help="[NAME:]key=value[,key=value…]; repeat for more arms.")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="key=value overrides for every arm.")]
 Match = Annotated[str, typer.Option(help="What every arm must equal: params, flops or none.")]
-Free = Annotated[str, typer.Option(help="What may change to match: feedforward, depth, width or steps.")]
-Tolerance = Annotated[float, typer.Option(help="Largest relative residual of a match.")]
+Free = Annotated[
+    str | None, typer.Option(help="What may change to match: feedforward (default), depth, width or steps.")
+]
+Tolerance = Annotated[float | None, typer.Option(help="Largest relative residual of a match; default 0.005.")]
 Tune = Annotated[bool, typer.Option("--tune", help="Select each arm's peak learning rate on separate seeds.")]
 Grid = Annotated[
     str | None, typer.Option(help="Rates for --tune, comma-separated; default 1/4 to 4 times the recipe's.")
@@ -31,10 +36,10 @@ def compare(
     until_decided: UntilDecided = False,
     max_seeds: MaxSeeds = None,
     match: Match = "params",
-    free: Free = "feedforward",
-    tolerance: Tolerance = 0.005,
+    free: Free = None,
+    tolerance: Tolerance = None,
     tune: Tune = False,
-    tune_seeds: Annotated[int, typer.Option(help="Seeds for --tune.")] = 1,
+    tune_seeds: Annotated[int | None, typer.Option(help="Seeds for --tune; default 1.")] = None,
     grid: Grid = None,
     metric: Metric = "validation_loss",
     margin: Margin = 0.0,
@@ -48,26 +53,45 @@ def compare(
     """
     from torchstone.lab.compare import compare as run
     from torchstone.lab.runner import RunOptions
-    from torchstone.lab.training import Matching
     from torchstone.recipe.load import load_recipe
     from torchstone.report.terminal import print_verdicts
 
-    if not tune and grid is not None:
-        raise ConfigError("--grid is for --tune, which is not given; add it, or drop the grid.")
+    _refuse_unused(tune, grid=grid, tune_seeds=tune_seeds)
     finished = run(
         load_recipe(recipe, overrides or []),
         arm or [],
         seeds=seeds,
         max_seeds=most_seeds(until_decided, max_seeds),
-        match=Matching(match, free, tolerance) if match in ("params", "flops") else match,  # type: ignore[arg-type]
+        match=_matching(match, free, tolerance),
         out=out,
-        tune_seeds=tune_seeds if tune else 0,
+        tune_seeds=(1 if tune_seeds is None else tune_seeds) if tune else 0,
         grid=_rates(grid),
         metric=metric,
         margin=margin,
         options=RunOptions(on=on, jobs=jobs),
     )
     print_verdicts(finished.result, finished.directory)
+
+
+def _refuse_unused(tune: bool, **options: Any) -> None:
+    """Raise for options of --tune where it is not given."""
+    if unused := [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and not tune]:
+        raise ConfigError(f"{unused[0]} is for --tune, which is not given; add it, or drop {unused[0]}.")
+
+
+def _matching(match: str, free: str | None, tolerance: float | None) -> str | Matching:
+    """What arms are matched in; raises ConfigError for settings of a match where nothing is matched."""
+    from torchstone.lab.matching import TOLERANCE
+    from torchstone.lab.training import Matching
+
+    if match not in ("params", "flops"):
+        if free is not None or tolerance is not None:
+            unused = "--free" if free is not None else "--tolerance"
+            raise ConfigError(
+                f"{unused} is for matched arms, and --match is {match}; match params or flops, or drop it."
+            )
+        return match
+    return Matching(match, free or "feedforward", TOLERANCE if tolerance is None else tolerance)  # type: ignore[arg-type]
 
 
 def _rates(grid: str | None) -> list[float] | None:

@@ -24,6 +24,7 @@ import typer
 EXTRAS: dict[str, dict[str, str]] = {
     "hf": {"transformers": "transformers", "datasets": "datasets"},
     "data": {"pyarrow": "pyarrow", "zstandard": "zstandard"},
+    "lm-eval": {"lm-eval": "lm_eval"},
     "ray": {"ray": "ray"},
     "gpu": {"flash-linear-attention": "fla"},
     "tensorboard": {"tensorboard": "tensorboard"},

@@ -1,8 +1,8 @@
 """The command line: one verb a file, loaded only when it is used.
 
 The table below holds each verb's one-line help, so that `torchstone --help` imports no verb (and so no
-torch). A verb lives in `torchstone.cli.VERB` as an object of the verb's name: a function, or a `typer.Typer`
-for verbs with verbs.
+torch). A verb lives in `torchstone.cli.VERB` as an object of the verb's name (`import_` for `import`, which is a word of
+Python): a function, or a `typer.Typer` for verbs with verbs.
 
 `main` turns every error into one paragraph and an exit code: 0 done, 1 a defect of torchstone, 2 user, 3
 data, 4 non-finite, 75 interrupted (the message says what the same command continues from). `--debug`, anywhere,
@@ -12,6 +12,7 @@ shows the traceback instead.
 from __future__ import annotations
 
 import importlib
+import keyword
 import os
 import shutil
 import sys
@@ -32,9 +33,13 @@ VERBS = {
     "compare": "Train a baseline and its arms, matched and over paired seeds, and judge each arm.",
     "study": "List, show or run the studies: published claims that one command tests again.",
     "train": "Train one recipe, with exact resume.",
+    "grow": "Enlarge a trained run without losing what it learned, and keep training.",
     "generate": "Write text with a trained run.",
+    "infill": "Write what lies between a prefix and a goal, with a belief-state run.",
     "diagnose": "Look inside a model: frequencies, heads, ranks, gradients, next to a control.",
-    "eval": "Measure a model: length extrapolation.",
+    "eval": "Measure a model: length extrapolation, cost of decoding.",
+    "export": "Write a run as a Hugging Face checkpoint.",
+    "import": "Make a run directory of a Hugging Face checkpoint.",
     "report": "Write a result's HTML and Markdown report again, or print its verdicts.",
     "allocate": "Split a sampling budget over configurations (OSCA).",
     "recipe": "Show or check a recipe; list the kinds of parts that a recipe may use.",
@@ -83,7 +88,8 @@ def interruption(verb: str | None) -> str:
 
 def load_verb(name: str) -> Any:
     """The command of one verb, made from the function or the Typer in its module."""
-    target = getattr(importlib.import_module(f"torchstone.cli.{name}"), name)
+    python = f"{name}_" if keyword.iskeyword(name) else name
+    target = getattr(importlib.import_module(f"torchstone.cli.{python}"), python)
     holder = typer.Typer(add_completion=False, rich_markup_mode=None)
     holder.callback()(lambda: None)
     if isinstance(target, typer.Typer):
@@ -125,8 +131,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     words, debug = _without_debug(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        typer.main.get_command(app).main(args=words, prog_name="torchstone")
+        code = typer.main.get_command(app).main(args=words, prog_name="torchstone", standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
     except (Exception, KeyboardInterrupt) as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            error.show()  # type: ignore[union-attr]
+            sys.exit(2)
         if debug:
             traceback.print_exception(error)
         message, code = explain(error)
@@ -145,8 +155,10 @@ def explain(error: BaseException) -> tuple[str, int]:
     """One paragraph for a person, and the exit code, for any error that a command may raise."""
     if isinstance(error, TorchstoneError):
         return str(error), error.exit_code
-    if isinstance(error, KeyboardInterrupt):
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return interruption(None), InterruptedRun.exit_code
+    if hasattr(error, "format_message"):
+        return _usage(error), 2
     if isinstance(error, OSError) and error.filename is not None:
         reason = error.strerror or type(error).__name__
         return (
@@ -160,6 +172,14 @@ def explain(error: BaseException) -> tuple[str, int]:
         "same command with --debug, and report the traceback.",
         1,
     )
+
+
+def _usage(error: Any) -> str:
+    """A wrong command line, as typer's own errors tell it, and where help is."""
+    context = getattr(error, "ctx", None)
+    path = "torchstone" if context is None else context.command_path
+    problem = error.format_message().rstrip(".")
+    return f"{problem[:1].lower()}{problem[1:]}. See {path} --help."
 
 
 def _print_paragraph(message: str) -> None:

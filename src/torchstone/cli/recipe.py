@@ -88,11 +88,12 @@ def cost(loaded: Recipe) -> dict[str, str]:
         for group in groups_of(loaded)
     }
     tokens = steps * tokens_per_step(loaded)
+    active = f", {counts.active_parameters:,} used by a token" if counts.active_parameters < counts.parameters else ""
     return {
-        "parameters": f"{counts.parameters:,} ({counts.non_embedding:,} without embeddings)",
+        "parameters": f"{counts.parameters:,} ({counts.non_embedding:,} without embeddings{active})",
         "forward FLOPs per token": human(counts.forward_flops_per_token),
         "training FLOPs per token": human(counts.training_flops_per_token),
-        "KV cache per token": f"{counts.kv_cache_bytes_per_token:,.0f} bytes in bf16",
+        "decoding state": f"{counts.kv_cache_bytes_per_token * counts.length:,.0f} bytes for {counts.length} tokens in bf16",
         "memory for training": _memory(loaded, counts),
         **decay,
         "steps": f"{steps:,}",

@@ -49,4 +49,8 @@ ANALYSES: dict[str, Analysis] = {
         "torchstone.diagnose.gradients.layer_gradients:layer_gradients_finding",
         "Spectra of the gradient of every projection for responses of different kinds.",
     ),
+    "expert-load": Analysis(
+        "torchstone.diagnose.expert_load:expert_load_finding",
+        "Which experts tokens go to, by class of token, and which are never used.",
+    ),
 }

@@ -29,6 +29,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from torchstone.errors import ConfigError
+
 ProjectionName = Literal["q", "k", "v", "o"]
 AblationMode = Literal["mean", "zero", "window"]
 Head = tuple[int, int]  # layer, query head
@@ -155,7 +157,7 @@ class Subject(ABC):
         name: path or identifier, for people.
         architecture: "torchstone decoder", "LlamaForCausalLM", …
         model: the module itself, in evaluation mode.
-        layers: attention layers, in order.
+        layers: attention layers, in order; empty where the model mixes tokens otherwise.
         vocab_size, width: sizes; `vocab_size` leaves out padded rows of the head where the tokenizer tells.
         max_length: longest context in tokens, or None where there is no limit.
     """
@@ -244,6 +246,15 @@ class Subject(ABC):
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.model.parameters()).device
+
+
+def require_attention(subject: Subject) -> None:
+    """Raise ConfigError unless the subject has an attention layer that can be analysed."""
+    if not subject.layers:
+        raise ConfigError(
+            f"{subject.name} has no attention layer with query, key, value and output projections, which this analysis "
+            "reads; give a model whose mixer is attention, local-attention or differential."
+        )
 
 
 def as_tokens(rows: Sequence[Sequence[int]] | Any, device: torch.device) -> Tensor:

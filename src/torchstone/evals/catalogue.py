@@ -9,4 +9,8 @@ EVALUATIONS: dict[str, Analysis] = {
         "torchstone.evals.extrapolation_finding:extrapolation_finding",
         "Loss on the same last tokens with more and more context.",
     ),
+    "decoding": Analysis(
+        "torchstone.evals.decoding_finding:decoding_finding",
+        "Bytes of decoding state and tokens per second against the length of the context.",
+    ),
 }

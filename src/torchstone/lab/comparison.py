@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+from torchstone.lab.decode_cost import KEY, RECALL, decoding_numbers, decoding_table, recall, recalls
 from torchstone.lab.study import Cell, Claim, Measurement, Scale, Summary
-from torchstone.lab.training import Matching, TrainingStudy, Tuned, Variant
+from torchstone.lab.training import Matching, Probe, Trained, TrainingStudy, Tuned, Variant
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.report.result import Metric
@@ -46,10 +47,17 @@ class Comparison(TrainingStudy):
         decisive = METRICS[metric]
         word = "lower" if decisive.better == "lower" else "higher"
         self.question = f"Does the arm reach a {word} {decisive.label} than the baseline, at equal {self._equal()}?"
-        self.metrics = (decisive,)
+        self.metrics = (decisive, *self._shown(decisive))
         self.margin, self.tuned = margin, tuned
         self.claims = tuple(self._claim(variant.name, decisive) for variant in variants)
         self.scales = {SCALE: Scale(seeds)}
+
+    def _shown(self, decisive: Metric) -> list[Metric]:
+        """What the report shows of every arm beside the metric that decides."""
+        if self.recipe.data.kind != "text":  # a task has exact answers
+            return [metric for metric in METRICS.values() if metric is not decisive]
+        loss = METRICS["validation_loss"]
+        return ([loss] if decisive is not loss else []) + ([RECALL] if recalls(self.recipe) else [])
 
     def _equal(self) -> str:
         names = {"params": "parameters and tokens", "flops": "training FLOPs"}
@@ -77,6 +85,11 @@ class Comparison(TrainingStudy):
         """The baseline and the arms."""
         return [Variant(BASELINE, role="baseline"), *self.arms_given]
 
+    def probe(self, trained: Trained) -> Probe:
+        """Recall on held-out text, and what a token costs to generate."""
+        recalled = recall(trained.recipe, trained.model, trained.data)
+        return Probe(recalled, extra={KEY: decoding_numbers(trained.model)})
+
     def reference(self) -> dict[str, Any]:
         """The specification that `from_spec` reads."""
         return {
@@ -97,8 +110,9 @@ class Comparison(TrainingStudy):
         return cls(load_recipe(spec["recipe"]), variants, matching, spec["metric"], spec["margin"], seeds=1)
 
     def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
-        """The tuning table, if rates were tuned."""
-        return Summary(tables=(self.tuned.table,) if self.tuned else ())
+        """What generation costs each arm, and the tuning table, if rates were tuned."""
+        tuning = (self.tuned.table,) if self.tuned else ()
+        return Summary(tables=(*decoding_table(cells, self.baseline), *tuning))
 
     def command(self, scale: str, seeds: int | None, max_seeds: int | None) -> str:
         """The command line that makes the same comparison from the recipe in the report."""

@@ -5,7 +5,8 @@ training FLOPs agree within a tolerance. Counts come from the model built withou
 so a match costs milliseconds and is exact, not a formula.
 
 Free dimensions
-  feedforward  hidden width of the feed-forward; multiples of 8 are preferred when one lies within the tolerance
+  feedforward  size of the feed-forward (hidden width, or tokens of token-parameter attention); multiples of 8 are preferred
+               when one lies within the tolerance
   depth        number of blocks
   width        model width, in steps that keep the arm's heads whole
   steps        training length; only for FLOPs, where it trades model size against tokens
@@ -118,12 +119,13 @@ def _model(recipe: Recipe, **change: Any) -> Recipe:
 def _feedforward(recipe: Recipe) -> _Axis:
     block = recipe.model.block
     part = block.feedforward
+    field = part.size_field
 
-    def put(hidden: int) -> Recipe:
-        changed = block.model_copy(update={"feedforward": part.model_copy(update={"hidden": hidden})})
+    def put(size: int) -> Recipe:
+        changed = block.model_copy(update={"feedforward": part.model_copy(update={field: size})})
         return _model(recipe, block=changed)
 
-    return _Axis("model.block.feedforward.hidden", part.width_of(recipe.model.width), 1, put)
+    return _Axis(f"model.block.feedforward.{field}", part.width_of(recipe.model.width), 1, put)
 
 
 def _depth(recipe: Recipe) -> _Axis:
@@ -165,7 +167,7 @@ def _nearest(axis: _Axis, on: On, target: float, tolerance: float) -> int:
         middle = low + (high - low) // (2 * axis.step) * axis.step
         low, high = (middle, high) if measure(middle) < target else (low, middle)
     best = min((low, high), key=lambda value: abs(measure(value) / target - 1))
-    if axis.step == 1 and axis.path.endswith("hidden"):
+    if axis.path.startswith("model.block.feedforward."):
         return min(
             _round_values(best),
             key=lambda value: (

@@ -159,6 +159,7 @@ class TrainingStudy(Study):
             note=arm.note,
             intervention=tuple(Change.model_validate(change) for change in arm.settings["intervention"]),
             parameters=counts.parameters,
+            active_parameters=counts.active_parameters if counts.active_parameters < counts.parameters else None,
             flops_per_token=counts.training_flops_per_token,
             match=Match.model_validate(arm.settings["match"]) if arm.settings["match"] else None,
             learning_rate=getattr(recipe.optimizer, "learning_rate", None),

@@ -38,6 +38,17 @@ RECORDS = (
             "decoding state of fixed size."
         ),
         vectors=("recurrentgemma.npz",),
+        parts=(
+            "src/torchstone/nn/recurrence/linear_scan.py",
+            "src/torchstone/nn/recurrence/convolution.py",
+            "src/torchstone/nn/recurrence/block_diagonal.py",
+            "src/torchstone/nn/recurrence/rglru.py",
+            "src/torchstone/nn/attention/local.py",
+            "src/torchstone/nn/fan_in.py",
+            "src/torchstone/data/synthetic/far_tag.py",
+        ),
+        study="torchstone.studies.recurrentgemma:RecurrentGemma",
+        status="done",
     ),
     Method(
         slug="jetmoe", arxiv="2404.07413", digest="2024-04-12",
@@ -49,6 +60,20 @@ RECORDS = (
             "active FLOPs."
         ),
         vectors=("jetmoe.npz",),
+        parts=(
+            "src/torchstone/nn/experts/choice.py",
+            "src/torchstone/nn/experts/router.py",
+            "src/torchstone/nn/experts/balance.py",
+            "src/torchstone/nn/experts/dispatch.py",
+            "src/torchstone/nn/experts/parallel.py",
+            "src/torchstone/nn/experts/smoe.py",
+            "src/torchstone/nn/experts/moa.py",
+            "src/torchstone/diagnose/expert_load.py",
+            "src/torchstone/optim/wsd.py",
+            "src/torchstone/data/mixture.py",
+        ),
+        study="torchstone.studies.jetmoe:JetMoE",
+        status="done",
     ),
     Method(
         slug="icl-regression", arxiv="2404.07544", digest="2024-04-12",
@@ -71,6 +96,15 @@ RECORDS = (
         tags=("state-space-model",),
         claim="At equal parameters a larger recurrent state, made by outer products, buys recall.",
         vectors=("hgrn2.npz",),
+        parts=(
+            "src/torchstone/nn/recurrence/gated_linear.py",
+            "src/torchstone/nn/recurrence/gated_linear_fla.py",
+            "src/torchstone/nn/recurrence/hgrn2.py",
+            "src/torchstone/nn/recurrence/lower_bounds.py",
+            "src/torchstone/data/synthetic/pair_recall.py",
+        ),
+        study="torchstone.studies.hgrn2:HGRN2Study",
+        status="done",
     ),
     Method(
         slug="softmax-bottleneck", arxiv="2404.07647", digest="2024-04-12",

@@ -16,6 +16,13 @@ RECORDS = (
             "star graphs learnable."
         ),
         vectors=("belief-state-transformer.npz",),
+        parts=(
+            "src/torchstone/models/belief_state.py",
+            "src/torchstone/objectives/belief_state.py",
+            "src/torchstone/data/synthetic/star_graph.py",
+        ),
+        study="torchstone.studies.belief_state_transformer:BeliefStateTransformer",
+        status="done",
     ),
     Method(
         slug="knights-and-knaves", arxiv="2410.23123", digest="2024-11-04",
@@ -35,6 +42,17 @@ RECORDS = (
             "from scratch."
         ),
         vectors=("tokenformer.npz",),
+        parts=(
+            "src/torchstone/nn/projection/pattention.py",
+            "src/torchstone/nn/feedforward/pattention.py",
+            "src/torchstone/nn/norm/layernorm.py",
+            "src/torchstone/models/growth.py",
+            "src/torchstone/models/growth_report.py",
+            "src/torchstone/models/widen.py",
+            "src/torchstone/train/growth.py",
+        ),
+        study="torchstone.studies.tokenformer:TokenFormer",
+        status="done",
     ),
     Method(
         slug="warmup-free", arxiv="2410.23922", digest="2024-11-04",

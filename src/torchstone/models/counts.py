@@ -16,7 +16,7 @@ sequences on the CPU (`nn.attention.blocked`), and allocators round up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -41,6 +41,7 @@ class Counts:
 
     Attributes:
         parameters, non_embedding: numbers of values; tied matrices count once.
+        active_parameters: those that one token uses; fewer than `parameters` where experts are chosen.
         forward_flops_per_token, training_flops_per_token: at `length`.
         kv_cache_bytes_per_token: decoding state of a sequence of `length` tokens in bf16, divided by `length` (a
             sliding window stores less than one entry per token).
@@ -52,6 +53,7 @@ class Counts:
     """
 
     parameters: int
+    active_parameters: int
     non_embedding: int
     forward_flops_per_token: float
     training_flops_per_token: float
@@ -79,6 +81,7 @@ def count(model_config: Part, vocab_size: int, length: int) -> Counts:
     state = model.new_state(1, length, device="meta", dtype=torch.bfloat16)
     return Counts(
         parameters=parameters,
+        active_parameters=parameters - inactive_parameters(model),
         non_embedding=parameters - sum(weight.numel() for weight in vocabulary.values()),
         forward_flops_per_token=forward,
         training_flops_per_token=3 * forward,
@@ -96,11 +99,24 @@ def activation_values(model: Decoder) -> int:
     """Values kept per token for the backward pass: input and output of every linear layer of the blocks, and features.
 
     A linear layer keeps its input; the functions between linear layers (norm, rotation, attention, gate) keep about
-    what the layers before them put out. Features are what the output matrix multiplies, once per component.
+    what the layers before them put out. Modules with matrices of their own (experts, token parameters) say in
+    `activation_values()` what they keep. Features are what the output matrix multiplies, once per component.
     """
-    layers = [module for module in model.blocks.modules() if isinstance(module, nn.Linear)]
-    features = model.head.components * model.head.weight_vd.shape[1]
-    return sum(layer.in_features + layer.out_features for layer in layers) + features
+    vectors = model.head.components * model.head.weight_vd.shape[1]
+    outside = {id(module) for part in (model.embed, model.head) for module in part.modules()}
+    return vectors + sum(_kept_values(module) for module in model.modules() if id(module) not in outside)
+
+
+def _kept_values(module: nn.Module) -> int:
+    if isinstance(module, nn.Linear):
+        return module.in_features + module.out_features
+    own: Callable[[], int] = getattr(module, "activation_values", int)
+    return own()
+
+
+def inactive_parameters(model: nn.Module) -> int:
+    """Parameters that one token does not use, as modules with experts declare in `inactive_parameters()`."""
+    return sum(getattr(module, "inactive_parameters", int)() for module in model.modules())
 
 
 def score_values(model: Decoder, length: int, device: torch.device) -> int:

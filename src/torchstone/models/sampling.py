@@ -75,3 +75,13 @@ class Sampling:
         draw_b1 = draw_b1 * cumulative_bv[:, -1:]
         token_b1 = torch.searchsorted(cumulative_bv, draw_b1, right=True)
         return token_b1.squeeze(-1).clamp_max(logits_bv.shape[-1] - 1)
+
+
+def choose_each(logits_bv: Tensor, samplings: Sequence[Sampling], generators: Sequence[torch.Generator]) -> Tensor:
+    """One token id per row, [b] on the CPU, each row with its own sampling and generator."""
+    token_b = torch.empty(len(samplings), dtype=torch.long)
+    for sampling in dict.fromkeys(samplings):
+        rows = [row for row, own in enumerate(samplings) if own == sampling]
+        chosen_bv = logits_bv if len(rows) == len(samplings) else logits_bv[rows]
+        token_b[rows] = sampling.choose(chosen_bv, [generators[row] for row in rows])
+    return token_b

@@ -25,4 +25,14 @@ class Block(nn.Module):
         """[b, t, width] → [b, t, width], and the mixer's state advanced by t tokens."""
         mixed_btd, state = self.mixer(self.mixer_norm(x_btd), span, state)
         x_btd = x_btd + mixed_btd
-        return x_btd + self.feedforward(self.feedforward_norm(x_btd)), state
+        return x_btd + self.feedforward(self.feedforward_norm(x_btd), span), state
+
+    def flops(self, length: int) -> float:
+        """Forward FLOPs per token at this sequence length."""
+        return self.mixer.flops(length) + self.feedforward.flops()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers worth logging, of the mixer and of the feed-forward."""
+        found: dict[str, float] = dict(self.mixer.diagnostics())
+        speak = getattr(self.feedforward, "diagnostics", dict)
+        return found | {f"feedforward_{name}": value for name, value in speak().items()}

@@ -7,9 +7,10 @@ global generator. Values are drawn on the CPU and copied, so they do not depend 
 `normal`: weights N(0, std²); token embeddings N(0, embedding_std²); with `scale_residual` the matrices that write into
 the residual stream are divided by √(2·depth), so that the stream does not grow with depth (GPT-2). Biases are 0.
 
-Modules speak for themselves through two optional methods:
+Modules speak for themselves through optional methods:
   own_initialisation() -> {local name: fill(tensor, generator)}   what is not an ordinary weight (gains, λ vectors)
   residual_parameters() -> (local name, …)                        weights that write into the residual stream
+  fill_buffers()                                                  values of its buffers, which models are built without
 """
 
 from __future__ import annotations
@@ -51,6 +52,12 @@ def residual_names(model: nn.Module) -> set[str]:
     }
 
 
+def fill_buffers(model: nn.Module) -> None:
+    """Let every module that keeps values beside parameters set them."""
+    for module in model.modules():
+        getattr(module, "fill_buffers", tuple)()
+
+
 class NormalConfig(Part):
     """`initialisation: normal`."""
 
@@ -62,7 +69,7 @@ class NormalConfig(Part):
 
     @torch.no_grad()
     def fill(self, model: nn.Module, depth: int, seed: int) -> None:
-        """Give every parameter of the model its initial value."""
+        """Give every parameter and every buffer of the model its initial value."""
         own, residual = declared_fills(model), residual_names(model)
         embeddings = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         embedding_std = self.std if self.embedding_std is None else self.embedding_std
@@ -79,3 +86,4 @@ class NormalConfig(Part):
                 scaled = self.scale_residual and name in residual
                 value.normal_(0.0, self.std / (2 * depth) ** 0.5 if scaled else self.std, generator=generator)
             parameter.copy_(value)
+        fill_buffers(model)

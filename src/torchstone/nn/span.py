@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 NOWHERE = -1  # segment of a token that takes no part: it sees nothing and nothing sees it
@@ -35,6 +36,7 @@ class Span:
         allowed_bts: bool pattern [t, s] or [b, t, s] that replaces the causal rule, True where a query may see a
             key (prefix attention, for example). Only for the parallel form, without a state.
         cache: what layers of one forward pass share; None outside a decoder. Use `opened`.
+        auxiliary: losses that layers of one forward pass leave for the objective; None outside a decoder.
     """
 
     positions_bt: Tensor | None = None
@@ -42,10 +44,20 @@ class Span:
     valid_bt: Tensor | None = None
     allowed_bts: Tensor | None = None
     cache: dict[Hashable, Any] | None = None
+    auxiliary: list[Tensor] | None = None
 
     def opened(self) -> Span:
         """The same span with an empty cache, for one forward pass."""
-        return Span(self.positions_bt, self.documents_bt, self.valid_bt, self.allowed_bts, {})
+        return Span(self.positions_bt, self.documents_bt, self.valid_bt, self.allowed_bts, {}, [])
+
+    def leave(self, loss: Tensor) -> None:
+        """Add a scalar to what training minimises, its coefficient included (load balance of experts, for example)."""
+        if self.auxiliary is not None:
+            self.auxiliary.append(loss)
+
+    def left(self) -> Tensor | None:
+        """The sum of what layers left; None if nothing."""
+        return torch.stack(self.auxiliary).sum() if self.auxiliary else None
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """`make()`, computed at most once per key in an opened span."""

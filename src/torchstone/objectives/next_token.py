@@ -47,12 +47,23 @@ class LossOutput:
         count: scalar int64: valid targets.
         per_token_bt: fp32, detached; 0 where there is no target.
         correct_bt: bool, where the target is the most likely token; only without gradients, else None.
+        auxiliary: scalar, differentiable: what layers add to the mean loss (load balance of experts); None if nothing.
     """
 
     loss_sum: Tensor
     count: Tensor
     per_token_bt: Tensor
     correct_bt: Tensor | None = None
+    auxiliary: Tensor | None = None
+
+    @property
+    def minimised(self) -> Tensor:
+        """What training minimises: the sum of losses and, once per target, the auxiliary ones.
+
+        Divided by the targets of the global batch this is the mean loss plus the auxiliary losses of all micro-batches, each
+        weighted by its share of the targets.
+        """
+        return self.loss_sum if self.auxiliary is None else self.loss_sum + self.auxiliary * self.count
 
     @property
     def loss(self) -> Tensor:
@@ -219,16 +230,16 @@ class NextToken(nn.Module):
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of `model` (a decoder) on a batch."""
         span = Span(positions_bt=batch.positions_bt, documents_bt=batch.documents_bt)
-        hidden_btd = model(batch.tokens_bt, span).hidden_btd
+        hidden_btd, _, auxiliary = model(batch.tokens_bt, span)
         targets_bt = batch.targets_bt
         count = (targets_bt != IGNORE).sum()
         flat = model.head, hidden_btd.flatten(0, 1), targets_bt.flatten()
         if torch.is_grad_enabled():
             loss_sum, losses_n = head_cross_entropy(*flat, self.chunk, self._untraced)
-            return LossOutput(loss_sum, count, losses_n.view(targets_bt.shape))
+            return LossOutput(loss_sum, count, losses_n.view(targets_bt.shape), auxiliary=auxiliary)
         losses_n, correct_n = head_scores(*flat, self.chunk)
         shape = targets_bt.shape
-        return LossOutput(losses_n.sum(), count, losses_n.view(shape), correct_n.view(shape))
+        return LossOutput(losses_n.sum(), count, losses_n.view(shape), correct_n.view(shape), auxiliary)
 
 
 class NextTokenConfig(Part):

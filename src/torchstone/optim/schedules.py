@@ -4,13 +4,17 @@ A schedule is a pure function of the step, so that nothing about it is stored or
 factor(s). Warmup rises linearly from 1/w to 1 over w steps; `linear` and `cosine` then fall to `final` at the last step.
 
     cosine   final + (1 − final) · ½ (1 + cos πp),   p = (s − w) / (S − 1 − w)
+
+Every schedule divides the run into stages, named ranges of steps without gaps: `warmup`, then `stable` (constant) or `decay`
+(linear, cosine). What depends on the schedule (`data_phases` of a recipe) names stages, not steps. A stage without steps
+is not there, and a name may come more than once. `wsd` is in `torchstone.optim.wsd`.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Protocol
 
 from pydantic import Field
 
@@ -19,7 +23,38 @@ from torchstone.recipe.part import Part
 
 
 @dataclass(frozen=True)
-class Schedule:
+class Stage:
+    """Steps `begin` … `end`-1 of a run."""
+
+    name: str
+    begin: int
+    end: int
+
+
+class Schedule(Protocol):
+    """What training asks of a schedule."""
+
+    def factor(self, step: int) -> float:
+        """Factor of the peak rate at 0-based `step`; steps beyond the end keep the last factor."""
+        ...
+
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of the run in order; together they are all of its steps."""
+        ...
+
+
+def consecutive(*lengths: tuple[str, int]) -> tuple[Stage, ...]:
+    """Stages of (name, steps), one after the other from step 0; those without steps are left out."""
+    stages: list[Stage] = []
+    for name, length in lengths:
+        begin = stages[-1].end if stages else 0
+        if length > 0:
+            stages.append(Stage(name, begin, begin + length))
+    return tuple(stages)
+
+
+@dataclass(frozen=True)
+class WarmupThen:
     """Warmup, then `shape` from 1 to `final`."""
 
     steps: int
@@ -38,6 +73,23 @@ class Schedule:
         weight = 1 - progress if self.shape == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
         return self.final + (1 - self.final) * weight
 
+    def stages(self) -> tuple[Stage, ...]:
+        """`warmup`, and `stable` or `decay`."""
+        rest = "stable" if self.shape == "constant" else "decay"
+        return consecutive(("warmup", self.warmup), (rest, self.steps - self.warmup))
+
+
+def step_count(value: float, steps: int, name: str) -> int:
+    """Steps of a stage: a fraction of the run below 1, else a number of steps.
+
+    Raises:
+        ConfigError: a fractional number of steps; `name` is what the message calls it.
+    """
+    count = round(value * steps) if value < 1 else int(value)
+    if value >= 1 and value != count:
+        raise ConfigError(f"{name} {value:g} is neither a fraction below 1 nor a whole number of steps.")
+    return count
+
 
 def warmup_steps(warmup: float, steps: int) -> int:
     """Steps of warmup: a fraction of the run below 1, else a number of steps.
@@ -45,9 +97,7 @@ def warmup_steps(warmup: float, steps: int) -> int:
     Raises:
         ConfigError: a warmup as long as the run or longer, or a fractional number of steps.
     """
-    count = round(warmup * steps) if warmup < 1 else int(warmup)
-    if warmup >= 1 and warmup != count:
-        raise ConfigError(f"warmup {warmup:g} is neither a fraction below 1 nor a whole number of steps.")
+    count = step_count(warmup, steps, "warmup")
     if count >= steps and count > 0:
         raise ConfigError(f"{count} steps of warmup leave nothing of a run of {steps} steps; shorten schedule.warmup.")
     return count
@@ -62,7 +112,7 @@ class ConstantConfig(Part):
 
     def build(self, steps: int) -> Schedule:
         """The schedule of a run of `steps`."""
-        return Schedule(steps, warmup_steps(self.warmup, steps), 1.0, "constant")
+        return WarmupThen(steps, warmup_steps(self.warmup, steps), 1.0, "constant")
 
 
 class LinearConfig(Part):
@@ -75,7 +125,7 @@ class LinearConfig(Part):
 
     def build(self, steps: int) -> Schedule:
         """The schedule of a run of `steps`."""
-        return Schedule(steps, warmup_steps(self.warmup, steps), self.final, "linear")
+        return WarmupThen(steps, warmup_steps(self.warmup, steps), self.final, "linear")
 
 
 class CosineConfig(Part):
@@ -88,4 +138,4 @@ class CosineConfig(Part):
 
     def build(self, steps: int) -> Schedule:
         """The schedule of a run of `steps`."""
-        return Schedule(steps, warmup_steps(self.warmup, steps), self.final, "cosine")
+        return WarmupThen(steps, warmup_steps(self.warmup, steps), self.final, "cosine")

@@ -117,7 +117,7 @@ def render(found: Catalogue) -> str:
 def _line(name: str, setting: dict[str, Any]) -> str:
     default = "required" if "default" not in setting else f"default {_default(setting['default'])}"
     meaning = f"  {setting['meaning']}" if setting["meaning"] else ""
-    return f"    {name:<20}{setting['type']}; {default}.{meaning}"
+    return f"    {name:<19} {setting['type']}; {default}.{meaning}"
 
 
 def _default(value: Any) -> str:

@@ -1,6 +1,6 @@
 """Recipe: everything that defines one training run, as data.
 
-`model, data, objective, optimizer, schedule, budget, batch, precision, compile, evaluation, checkpoint,
+`model, data, data_phases, objective, optimizer, schedule, budget, batch, precision, compile, evaluation, checkpoint,
 sinks, seed`. Frozen and strict: an unknown key is an error. Operational keys (checkpoint, sinks) do not
 change what is computed and stay out of the fingerprint; see `torchstone.recipe.fingerprint`.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from torchstone.recipe.part import Part, Strict
 from torchstone.recipe.registry import part_field
@@ -98,6 +98,10 @@ class Recipe(Section):
 
     model: part_field("model")  # type: ignore[valid-type]
     data: part_field("data")  # type: ignore[valid-type]
+    data_phases: dict[str, tuple[float, ...]] = Field(
+        default={},
+        description="shares of a mixture's sources in a stage of the schedule; stages not named keep data.shares",
+    )
     objective: part_field("objective") = {"kind": "next-token"}  # type: ignore[valid-type]
     optimizer: part_field("optimizer") = {"kind": "adamw"}  # type: ignore[valid-type]
     schedule: part_field("schedule") = {"kind": "cosine"}  # type: ignore[valid-type]
@@ -116,6 +120,23 @@ class Recipe(Section):
         default=(), description="where metrics go beside the run directory's own metrics.jsonl"
     )
     seed: int = Field(default=0, ge=0, description="names every random stream: initialisation, data order, dropout")
+
+    @field_validator("data_phases")
+    @classmethod
+    def _fit_the_mixture(
+        cls, phases: dict[str, tuple[float, ...]], info: ValidationInfo
+    ) -> dict[str, tuple[float, ...]]:
+        data = info.data.get("data")
+        if not phases or data is None:
+            return phases
+        if not hasattr(data, "check_phase"):
+            raise ValueError(
+                f"the data is of the kind {data.kind}, and phases are shares of a mixture's sources; use data.kind mixture, or "
+                "leave data_phases empty"
+            )
+        for stage, shares in phases.items():
+            data.check_phase(stage, shares)
+        return phases
 
     def data_dict(self) -> dict[str, Any]:
         """Plain data (what YAML holds), complete with every default."""

@@ -101,6 +101,7 @@ def _rate(_: ArmRecord, cells: list[CellRecord]) -> float | None:
 
 COSTS: tuple[tuple[str, Cost, Callable[[float | None], str]], ...] = (
     ("parameters", lambda arm, cells: arm.parameters, numbers.quantity),
+    ("active parameters", lambda arm, cells: arm.active_parameters, numbers.quantity),
     ("FLOPs/token", lambda arm, cells: arm.flops_per_token, numbers.quantity),
     ("tokens", lambda arm, cells: mean(known(cell.tokens for cell in cells)), numbers.quantity),
     ("total FLOPs", lambda arm, cells: mean(known(cell.flops for cell in cells)), numbers.quantity),

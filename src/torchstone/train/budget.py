@@ -1,11 +1,13 @@
-"""What a recipe comes to before it runs: size and cost, decay of every parameter, optimizer updates that a budget buys."""
+"""What a recipe comes to before it runs: size and cost, decay of every parameter, optimizer updates that a budget buys, and
+its data with the shares of each stage."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
-from torchstone.errors import BudgetError
+from torchstone.data.shares import Phase, Timetable, first_difference
+from torchstone.errors import BudgetError, ConfigError
 from torchstone.models.counts import Counts, count
 from torchstone.optim.groups import group_table
 from torchstone.recipe.schema import Recipe
@@ -69,3 +71,53 @@ def _tokens(recipe: Recipe) -> float:
         return budget.flops / counts.training_flops_per_token
     assert budget.tokens_per_parameter is not None
     return budget.tokens_per_parameter * counts.non_embedding
+
+
+def phases_of(recipe: Recipe) -> tuple[Phase, ...]:
+    """Shares of the mixture's sources from step to step, one phase for each stage of the schedule; empty without phases.
+
+    Raises:
+        ConfigError: the schedule does not fit the run, or lacks a stage that `data_phases` names; a source is in no stage.
+        DataError: a source with a share has no row in the batches of a stage.
+    """
+    schedule = recipe.schedule.build(steps_of(recipe))
+    if not recipe.data_phases:
+        return ()
+    stages = schedule.stages()
+    names = list(dict.fromkeys(stage.name for stage in stages))
+    if unknown := [name for name in recipe.data_phases if name not in names]:
+        raise ConfigError(
+            f"data_phases names the stage {unknown[0]!r}, which this run's schedule ({recipe.schedule.kind}) does not have; its "
+            f"stages: {', '.join(names)}."
+        )
+    own = tuple(recipe.data.shares)
+    phases = tuple(Phase(stage.name, stage.begin, tuple(recipe.data_phases.get(stage.name, own))) for stage in stages)
+    Timetable(phases, recipe.batch.sequences)
+    return phases
+
+
+def data_of(recipe: Recipe) -> Any:
+    """The data source of a recipe with the shares of its phases, built if it is not there; raises what these raise."""
+    source, phases = recipe.data.build(None), phases_of(recipe)
+    return source.in_phases(phases) if phases else source
+
+
+def check_phases(before: Recipe, after: Recipe, done: int) -> None:
+    """Raise ConfigError if another budget or schedule would have given the steps that are `done` other data."""
+    if not (before.data_phases and after.data_phases):
+        return
+    plans = phases_of(before), phases_of(after)
+    advice = "restore budget and schedule, or train into another directory."
+    if found := first_difference(*plans, done):
+        step, old, new = found
+        raise ConfigError(
+            f"the run has done {done} steps, and step {step} was in the stage {old.name} with the shares {list(old.shares)}; "
+            f"under this budget and schedule it would be in {new.name} with {list(new.shares)}. A change may move only stages "
+            f"that are still to come: {advice}"
+        )
+    stages = [sorted({phase.name for phase in plan}) for plan in plans]
+    if done and stages[0] != stages[1]:  # sources are read in blocks whose size depends on all stages
+        raise ConfigError(
+            f"the run was started with the stages {', '.join(stages[0])}, and this budget and schedule have "
+            f"{', '.join(stages[1])}, which changes the rows of every batch: {advice}"
+        )

@@ -41,7 +41,7 @@ class Position:
     """How far a run is: everything a checkpoint needs beside tensors.
 
     Attributes:
-        step: updates done. tokens: training tokens seen.
+        step: updates done. tokens: training tokens seen. flops: what they cost, each at the size that the model had.
         seconds: spent in steps, evaluations and saves left out.
         evaluated: step of the last evaluation, -1 before the first.
         peak_bytes: most memory of any process of the run so far.
@@ -49,9 +49,15 @@ class Position:
 
     step: int = 0
     tokens: int = 0
+    flops: float = 0.0
     seconds: float = 0.0
     evaluated: int = -1
     peak_bytes: int = 0
+
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any], counts: Counts) -> Position:
+        """From a checkpoint; one without `flops` (of an older version) trained all its tokens at these counts."""
+        return cls(**{"flops": stored["tokens"] * counts.training_flops_per_token, **stored})
 
 
 @dataclass(frozen=True)
@@ -118,22 +124,26 @@ class Trainer:
         return [(row, min(row + size, stop)) for row in range(start, stop, size)]
 
     def step(self) -> dict[str, float]:
-        """One update; returns `loss`, `gradient_norm` (before clipping) and `learning_rate`.
+        """One update; returns `loss`, `gradient_norm` (before clipping), `learning_rate`, and `auxiliary` where layers leave
+        losses of their own, which is not part of `loss`.
 
         Raises:
             NonFiniteError: loss or gradient is not finite on any rank; nothing has been updated.
         """
         seed, step, sequences = self.recipe.seed, self.position.step, self.recipe.batch.sequences
         batches = [self.data.batch(seed, step, sequences, *rows) for rows in self.micro_rows()]
-        targets = sum(int((batch.targets_bt != IGNORE).sum()) for batch in batches)
+        targets = sum(self._targets(batch) for batch in batches)
         count = self.world.total(torch.tensor(float(targets), device=self.world.device))
         self.optimizer.zero_grad(set_to_none=True)
-        loss_sum = torch.zeros((), device=self.world.device)
+        sums = torch.zeros(2, device=self.world.device)
         with dropout_stream(seed, step, self.world.rank, self.world.device):
             for batch in batches:
-                loss_sum += self._backward(batch, count, last=batch is batches[-1])
+                sums += self._backward(batch, count, last=batch is batches[-1])
         norm = self._gradient_norm()
-        found = {"loss": float(self.world.total(loss_sum) / count), "gradient_norm": float(norm)}
+        minimised, loss = (self.world.total(sums) / count).tolist()
+        found = {"loss": loss, "gradient_norm": float(norm)}
+        if minimised != loss:
+            found["auxiliary"] = minimised - loss
         if self.world.any(not all(map(math.isfinite, found.values()))):
             raise NonFiniteError(", ".join(f"{name.replace('_', ' ')} is {value}" for name, value in found.items()))
         self._clip(norm)
@@ -142,20 +152,30 @@ class Trainer:
             group["lr"] = peak * factor
         self.optimizer.step()
         self.position.step += 1
-        self.position.tokens += sequences * self.data.length
+        tokens = sequences * self.data.length
+        self.position.tokens += tokens
+        self.position.flops += tokens * self.counts.training_flops_per_token
         return {**found, "learning_rate": self.peak_rates[0] * factor}
 
     def _backward(self, batch: Batch, count: Tensor, *, last: bool) -> Tensor:
-        """Add one micro-batch's share of the gradient; ranks exchange gradients with the last one."""
+        """Add one micro-batch's share of the gradient; ranks exchange gradients with the last one.
+
+        Returns what is minimised and the loss, each summed over the micro-batch's targets.
+        """
         quiet: AbstractContextManager[Any] = nullcontext()
         if self.world.size > 1 and not last:
             quiet = self.module.no_sync()  # type: ignore[operator]
         with quiet:
             with self.compute.autocast(self.world.device):
-                loss_sum, _, _ = self.module(self.world.place(batch))
+                minimised, loss_sum = self.module(self.world.place(batch))
             # DDP averages over ranks; the factor turns its mean into a sum
-            (loss_sum * (self.world.size / count)).backward()
-        return loss_sum.detach()
+            (minimised * (self.world.size / count)).backward()
+        return torch.stack([minimised.detach(), loss_sum])
+
+    def _targets(self, batch: Batch) -> int:
+        """What the loss of a batch is divided by: its scored positions, unless the objective counts otherwise."""
+        own = getattr(self.objective, "count_targets", None)
+        return int((batch.targets_bt != IGNORE).sum()) if own is None else own(batch)
 
     def _gradients(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.grad is not None]
@@ -282,8 +302,7 @@ class Loop:
         trainer, position = self.trainer, self.trainer.position
         if not trainer.world.leads:
             return
-        axes = {"step": position.step, "tokens": position.tokens, "seconds": position.seconds,
-                "flops": position.tokens * trainer.counts.training_flops_per_token}  # fmt: skip
+        axes = {name: getattr(position, name) for name in ("step", "tokens", "seconds", "flops")}
         for sink in self.sinks:
             sink.write({"kind": kind, **axes, **metrics})
 

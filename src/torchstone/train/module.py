@@ -11,14 +11,14 @@ from torchstone.data.batch import Batch
 
 
 class TrainingModule(nn.Module):
-    """`forward(batch) -> (sum of losses, valid targets, losses per token)`."""
+    """`forward(batch) -> (what is minimised, sum of losses)`, both sums over the batch's targets."""
 
     def __init__(self, model: nn.Module, objective: nn.Module) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss of a batch; see `LossOutput` of the objective."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Loss of a batch; see `LossOutput` of the objective. The two differ by auxiliary losses."""
         output = self.objective(self.model, batch)
-        return output.loss_sum, output.count, output.per_token_bt
+        return output.minimised, output.loss_sum.detach()

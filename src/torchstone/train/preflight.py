@@ -1,5 +1,6 @@
 """What is checked before the first step, so that a run does not fail for it hours later.
 
+schedule     its stages fit the run, and those that `data_phases` names are there
 memory       the estimate of a step's memory against what the device has (an estimate: only a clear excess is refused)
 disk         room for the checkpoints that are kept and one more (`CheckpointStore.check_space`)
 sinks        dashboards that are asked for are installed
@@ -14,6 +15,7 @@ from torchstone.models.counts import OPTIMIZER_VALUES, Counts, Precision, memory
 from torchstone.nn.memory import device_bytes
 from torchstone.objectives.next_token import LEAST_TOKENS
 from torchstone.recipe.schema import Recipe
+from torchstone.train.budget import phases_of
 from torchstone.train.checkpoint import CheckpointStore
 from torchstone.train.distributed import World
 
@@ -24,7 +26,7 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
     """Raise a typed error if the run cannot go well on this machine.
 
     Raises:
-        ConfigError: it needs clearly more memory than there is, or ranks cannot share the batch.
+        ConfigError: it needs clearly more memory than there is, ranks cannot share the batch, or the schedule does not fit.
         CheckpointError: the disk has no room for its checkpoints. DependencyError: a sink is not installed.
     """
     for sink in recipe.sinks:
@@ -32,6 +34,7 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
             raise DependencyError(
                 f"the sink {sink} needs a package: pip install 'torchstone[{sink}]', or remove it from sinks."
             )
+    phases_of(recipe)
     start, stop = world.rows(recipe.batch.sequences)
     rows = min(recipe.batch.micro or stop - start, stop - start)
     check_memory(recipe, counts, rows, device_bytes(world.device), world.device.type)

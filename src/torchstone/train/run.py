@@ -26,7 +26,7 @@ from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.storage.atomic import atomic_write
 from torchstone.storage.names import safe_text
-from torchstone.train.budget import counts_of, steps_of
+from torchstone.train.budget import check_phases, counts_of, data_of, steps_of
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World, world
 from torchstone.train.events import AXES, METRICS, RunIdentity, Sink, make_sinks, read_history
@@ -142,6 +142,7 @@ class _Run:
                 lambda: Choice(compute) if compute else measure_compute(self.recipe, self.world.device),
             )  # fmt: skip
             return
+        check_phases(load_recipe(self.directory / RECIPE), self.recipe, max(self.store.steps(), default=0))
         self.record, changes = continue_run(self.directory, self.recipe, self.data.fingerprint, self.world, allow)
         for line in changes.lines():
             self._say(f"note: {line}")
@@ -150,7 +151,7 @@ class _Run:
         """The data source; the leading rank builds it, the others then open what it built."""
         if not self.world.leads:
             self.world.barrier()
-        source = self.recipe.data.build(None)
+        source = data_of(self.recipe)
         if self.world.leads:
             self.world.barrier()
         return source
@@ -175,7 +176,7 @@ class _Run:
         for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
             # the recipe's settings, which `allow` may have let change, not the checkpoint's
             group.update({name: settings[name] for name in trainer.optimizer.defaults})
-        trainer.position = Position(**snapshot.data["position"])
+        trainer.position = Position.restored(snapshot.data["position"], self.counts)
         return trainer
 
     def loop(self, trainer: Trainer, callbacks: Sequence[Callback], progress: Reporter | None) -> None:
@@ -221,8 +222,14 @@ class _Run:
     def summarise(self, trainer: Trainer) -> RunSummary:
         """Write `summary.json`, the sign of a finished run, and return its content with the curves."""
         position = trainer.position
-        flops = position.tokens * self.counts.training_flops_per_token
-        values = (position.step, position.tokens, flops, position.seconds, self.counts.parameters, position.peak_bytes)
+        values = (
+            position.step,
+            position.tokens,
+            position.flops,
+            position.seconds,
+            self.counts.parameters,
+            position.peak_bytes,
+        )
         if self.world.leads:
             content = json.dumps(dict(zip(COUNTED, values, strict=True)), indent=1)
             atomic_write(self.directory / SUMMARY, content + "\n")
@@ -285,7 +292,7 @@ def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, An
     if not (directory / RECIPE).is_file():
         raise ConfigError(f"{directory} holds no run (no {RECIPE}); give the directory that `torchstone train` wrote.")
     recipe = load_recipe(directory / RECIPE)
-    data = recipe.data.build(None)
+    data = data_of(recipe)
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed)
     snapshot = CheckpointStore(directory / "checkpoints").load(step)
     restore_model(model, snapshot.tensors["model"])

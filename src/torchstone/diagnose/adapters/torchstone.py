@@ -38,7 +38,13 @@ from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder
 from torchstone.nn.attention.differential_v1 import DifferentialV1
 from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.norm.rmsnorm import RMSNorm
 from torchstone.nn.position.rotary import Rotary
+
+
+def has_projections(mixer: nn.Module) -> bool:
+    """Whether this is attention with a query, key, value and output projection for all tokens (experts have several)."""
+    return isinstance(mixer, AttentionMixer) and all(hasattr(mixer, f"w_{which}") for which in "qkvo")
 
 
 class TorchstoneLayer(AttentionLayer):
@@ -59,12 +65,23 @@ class TorchstoneLayer(AttentionLayer):
 
     def projection(self, which: ProjectionName) -> Projection:
         """See `AttentionLayer`."""
-        return Projection(getattr(self.mixer, f"w_{which}"), f"{self.name}.w_{which}.weight")
+        module = getattr(self.mixer, f"w_{which}")
+        if not isinstance(module, nn.Linear):
+            raise ConfigError(
+                f"{self.name}.w_{which} is a {type(module).__name__}, which has no single matrix to analyse; give a model whose "
+                "block.projection is linear."
+            )
+        return Projection(module, f"{self.name}.w_{which}.weight")
 
     def weights(self) -> HeadWeights:
         """See `AttentionLayer`."""
         mixer, arrange = self.mixer, self.mixer.position.arrange
         q, k, v, o = (self.projection(which).weight().double() for which in ("q", "k", "v", "o"))
+        if not isinstance(self.norm, RMSNorm):
+            raise ConfigError(
+                f"the norm before {self.name} is a {type(self.norm).__name__}, whose gain does not fold into the "
+                "projections; give a model whose block.norm is rmsnorm."
+            )
         gain_w = self.norm.gain.detach().double()
         q_udw, k_udw = ((arrange(w) * gain_w).unflatten(0, (-1, self.head_dim)) for w in (q, k))
         q_norm, k_norm = getattr(mixer, "q_norm", None), getattr(mixer, "k_norm", None)
@@ -85,9 +102,6 @@ class TorchstoneSubject(Subject):
         model: a decoder.
         name: run directory or another name.
         codec: its tokenizer.
-
-    Raises:
-        ConfigError: the decoder has no attention layer.
     """
 
     architecture = "torchstone decoder"
@@ -97,12 +111,8 @@ class TorchstoneSubject(Subject):
         self.name, self._codec = name, codec
         self.vocab_size, self.width, self.max_length = model.vocab_size, model.config.width, None
         found = [
-            (f"blocks.{i}.mixer", block)
-            for i, block in enumerate(model._blocks())
-            if isinstance(block.mixer, AttentionMixer)
+            (f"blocks.{i}.mixer", block) for i, block in enumerate(model._blocks()) if has_projections(block.mixer)
         ]
-        if not found:
-            raise ConfigError(f"{name} has no attention layer; give a model whose mixer is attention or differential.")
         self._layers = tuple(
             TorchstoneLayer(index, path, block.mixer, block.mixer_norm) for index, (path, block) in enumerate(found)
         )

@@ -34,7 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from torchstone.diagnose.gradients.spectra import Factors
-from torchstone.diagnose.subject import Subject
+from torchstone.diagnose.subject import Subject, require_attention
 from torchstone.errors import ConfigError
 
 ATTENTION = ("q", "k", "v", "o")
@@ -109,6 +109,7 @@ def select_matrices(subject: Subject, modules: str = "attention") -> tuple[Matri
 
 def _attention_matrices(subject: Subject) -> tuple[tuple[Matrix, ...], list[ConfigError]]:
     """The projections of all attention layers, and why others have none (shared keys, latent attention)."""
+    require_attention(subject)
     found, refusals = [], []
     for layer in subject.layers:
         for which in ATTENTION:

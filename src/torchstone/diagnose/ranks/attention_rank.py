@@ -26,7 +26,7 @@ from torch import Tensor
 
 from torchstone.diagnose.ranks.layer_products import Change, Product, ProductSpectra, layer_products
 from torchstone.diagnose.spectra import NORMS, RANKS, SHARE
-from torchstone.diagnose.subject import Subject
+from torchstone.diagnose.subject import Subject, require_attention
 from torchstone.errors import ConfigError
 from torchstone.report.finding import Finding, Heatmap
 from torchstone.report.result import Figure, Line, PaperFigure, Table
@@ -59,10 +59,7 @@ def attention_spectra(
         raise ConfigError(
             f"rope_delta holds offsets of 0, 1, 2, … tokens, and {list(rope_delta)} was given; [0] is usual."
         )
-    if not subject.layers:
-        raise ConfigError(
-            f"{subject.name} has no attention layer, so it has no attention products; give another model."
-        )
+    require_attention(subject)
     return [spectra for layer in subject.layers for spectra in layer_products(layer, rope_delta, change, balanced)]
 
 

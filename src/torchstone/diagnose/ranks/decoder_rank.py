@@ -14,12 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from torchstone.diagnose.adapters.torchstone import TorchstoneLayer
+from torchstone.diagnose.adapters.torchstone import TorchstoneLayer, has_projections
 from torchstone.diagnose.ranks.layer_products import layer_products
 from torchstone.diagnose.spectra import SHARE
 from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder
-from torchstone.nn.attention.mixer import AttentionMixer
 
 RANK_NAMES = ("effective_rank", "pseudo_rank")
 
@@ -42,7 +41,7 @@ def rank_metrics(model: nn.Module, f: float = SHARE) -> dict[str, float]:
         )
     found: dict[str, list[Tensor]] = {}
     for index, block in enumerate(model._blocks()):
-        if not isinstance(block.mixer, AttentionMixer):
+        if not has_projections(block.mixer):
             continue
         layer = TorchstoneLayer(index, f"blocks.{index}.mixer", block.mixer, block.mixer_norm)
         for spectra in layer_products(layer):

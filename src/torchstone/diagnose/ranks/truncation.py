@@ -19,7 +19,7 @@ from torch import Tensor
 
 from torchstone.diagnose.ranks.head_products import HeadProducts
 from torchstone.diagnose.ranks.layer_products import bare_factors, shared_heads
-from torchstone.diagnose.subject import AttentionLayer, Projection, Subject
+from torchstone.diagnose.subject import AttentionLayer, Projection, Subject, require_attention
 from torchstone.errors import ConfigError
 
 
@@ -44,6 +44,7 @@ def truncation_losses(subject: Subject, tokens_bt: Tensor, ranks: Sequence[int])
 @contextmanager
 def truncated(subject: Subject, rank: int) -> Iterator[None]:
     """Inside the block every layer's W_q is cut; raises ConfigError (see `truncation_losses`)."""
+    require_attention(subject)
     size = min(layer.head_dim for layer in subject.layers)
     if not 1 <= rank <= size:
         raise ConfigError(

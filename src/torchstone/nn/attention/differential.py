@@ -24,6 +24,19 @@ from torchstone.nn.context import BuildContext
 from torchstone.recipe.part import Part
 from torchstone.recipe.registry import part_field
 
+LACKING: dict[str, Any] = {
+    "qk_norm": False,
+    "output_norm": False,
+    "qkv_bias": False,
+    "output_bias": False,
+    "window_convention": "inclusive",
+}
+"""Settings of plain attention that this kind lacks, with the value that changes nothing."""
+
+
+def _yaml(value: Any) -> str:
+    return str(value).lower()
+
 
 class DifferentialConfig(Part):
     """`mixer: differential`."""
@@ -61,13 +74,14 @@ class DifferentialConfig(Part):
         """Head counts of a plain attention become `replaces_heads`, so that the version decides what they mean.
 
         Raises:
-            ConfigError: the replaced attention has a norm that this kind lacks, which would be lost unseen.
+            ConfigError: the replaced attention has a norm, a bias or a window that this kind lacks, which would be lost unseen.
         """
-        for norm in ("qk_norm", "output_norm"):
-            if previous.get(norm):
+        for name, neutral in LACKING.items():
+            value = previous.get(name, neutral)
+            if value != neutral:
                 raise ConfigError(
-                    f"the replaced attention has {norm}: true and differential attention has no such setting; "
-                    f"set {norm}: false in the recipe, so that the arms differ in one thing."
+                    f"the replaced attention has {name}: {_yaml(value)} and differential attention has no such setting; "
+                    f"set {name}: {_yaml(neutral)} in the recipe, so that the arms differ in one thing."
                 )
         kept = super().inherit(previous)
         for name in ("heads", "kv_heads"):
@@ -96,10 +110,10 @@ class DifferentialConfig(Part):
             scheduled = self.lambda_init == "schedule"
             lambda_init = scheduled_lambda(context.layer) if scheduled else float(self.lambda_init)
             return DifferentialV1(
-                context.width, resolved, position, lambda_init, self.head_norm, self.kv_pairing, self.window, processor
+                context, resolved, position, lambda_init, self.head_norm, self.kv_pairing, self.window, processor
             )
         self._refuse_v1_settings()
-        return DifferentialV2(context.width, resolved, position, self.window, processor)
+        return DifferentialV2(context, resolved, position, self.window, processor)
 
     def _counts(self, unit: int) -> tuple[int | None, int | None]:
         """Heads and KV heads, from those given or from those replaced."""

@@ -32,6 +32,7 @@ from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.heads import Heads, check_groups
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.attention.score_processor import ScoreProcessor
+from torchstone.nn.context import BuildContext
 from torchstone.nn.norm.rmsnorm import RMSNorm
 from torchstone.nn.position.base import Position
 from torchstone.nn.project import project
@@ -52,7 +53,7 @@ class DifferentialV1(AttentionMixer):
     """Version 1; see the module's docstring.
 
     Args:
-        width: channels of the residual stream.
+        context: of the model.
         heads: differential heads, KV heads, channels of one sub-head.
         position: rotates every sub-head, or adds a bias to both maps of a head alike.
         lambda_init: the constant λ_init.
@@ -64,7 +65,7 @@ class DifferentialV1(AttentionMixer):
 
     def __init__(
         self,
-        width: int,
+        context: BuildContext,
         heads: Heads,
         position: Position,
         lambda_init: float,
@@ -77,10 +78,11 @@ class DifferentialV1(AttentionMixer):
         key_shape, value_shape = (2 * heads.kv, heads.dim), (heads.kv, 2 * heads.dim)
         super().__init__(2 * heads.query, heads.query, key_shape, value_shape, position, score_processor, window)
         self.head_dim, self.kv_pairing, self.lambda_init = heads.dim, kv_pairing, lambda_init
-        self.w_q = nn.Linear(width, 2 * heads.query * heads.dim, bias=False)
-        self.w_k = nn.Linear(width, 2 * heads.kv * heads.dim, bias=False)
-        self.w_v = nn.Linear(width, 2 * heads.kv * heads.dim, bias=False)
-        self.w_o = nn.Linear(2 * heads.query * heads.dim, width, bias=False)
+        width, queries, keys = context.width, 2 * heads.query * heads.dim, 2 * heads.kv * heads.dim
+        self.w_q = context.linear(width, queries, "input")
+        self.w_k = context.linear(width, keys, "input")
+        self.w_v = context.linear(width, keys, "input")
+        self.w_o = context.linear(queries, width, "output")
         self.lambda_q1 = nn.Parameter(torch.zeros(heads.dim, dtype=torch.float32))
         self.lambda_k1 = nn.Parameter(torch.zeros(heads.dim, dtype=torch.float32))
         self.lambda_q2 = nn.Parameter(torch.zeros(heads.dim, dtype=torch.float32))
@@ -90,8 +92,8 @@ class DifferentialV1(AttentionMixer):
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
         arrange = self.position.arrange
-        weights = arrange(self.w_q.weight), arrange(self.w_k.weight), self.w_v.weight
-        q_bte, k_bte, v_bte = project(x_btd, *weights)
+        outputs = project(x_btd, self.w_q, self.w_k, self.w_v, arrange=(arrange, arrange, None))
+        q_bte, k_bte, v_bte = outputs
         q_btud, k_btud = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte))
         v_btge = v_bte.unflatten(-1, (-1, 2 * self.head_dim))
         offset = 0 if state is None else state.length
@@ -121,10 +123,6 @@ class DifferentialV1(AttentionMixer):
     def no_decay_parameters(self) -> tuple[str, ...]:
         """λ's vectors are not decayed."""
         return LAMBDA_VECTORS
-
-    def residual_parameters(self) -> tuple[str, ...]:
-        """Weights that write into the residual stream."""
-        return ("w_o.weight",)
 
     def _normalise(self, heads_bthe: Tensor) -> Tensor:
         """RMSNorm over the channels of each head, in fp32, and the constant 1 − λ_init."""

@@ -16,15 +16,16 @@ train unstably, by the authors' account, and are refused.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchstone.errors import ConfigError
 from torchstone.nn.attention.difference import Difference
 from torchstone.nn.attention.heads import Heads
 from torchstone.nn.attention.mixer import AttentionMixer
 from torchstone.nn.attention.score_processor import ScoreProcessor
+from torchstone.nn.context import BuildContext
 from torchstone.nn.position.base import Position
-from torchstone.nn.project import project
+from torchstone.nn.project import project, roles
 from torchstone.nn.roles import Roles
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
@@ -34,7 +35,7 @@ class DifferentialV2(AttentionMixer):
     """Version 2; see the module's docstring.
 
     Args:
-        width: channels of the residual stream.
+        context: of the model.
         heads: differential heads h, KV heads, channels of a head.
         position: rotates queries and keys, or adds a bias to both maps of a head alike.
         window: sliding window in tokens, for both maps.
@@ -46,7 +47,7 @@ class DifferentialV2(AttentionMixer):
 
     def __init__(
         self,
-        width: int,
+        context: BuildContext,
         heads: Heads,
         position: Position,
         window: int | None = None,
@@ -61,18 +62,19 @@ class DifferentialV2(AttentionMixer):
                 "divides heads, so that 2·heads/kv_heads is even."
             )
         self.head_dim = heads.dim
-        self.w_q = nn.Linear(width, 2 * heads.query * heads.dim, bias=False)
-        self.w_k = nn.Linear(width, heads.kv * heads.dim, bias=False)
-        self.w_v = nn.Linear(width, heads.kv * heads.dim, bias=False)
-        self.w_lambda = nn.Linear(width, heads.query, bias=False)
-        self.w_o = nn.Linear(heads.query * heads.dim, width, bias=False)
+        width = context.width
+        self.w_q = context.linear(width, 2 * heads.query * heads.dim, "input")
+        self.w_k = context.linear(width, heads.kv * heads.dim, "input")
+        self.w_v = context.linear(width, heads.kv * heads.dim, "input")
+        self.w_lambda = context.linear(width, heads.query, "input")
+        self.w_o = context.linear(heads.query * heads.dim, width, "output")
         self.mean_lambda: Tensor | None = None
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
         arrange = self.position.arrange
-        weights = arrange(self.w_q.weight), arrange(self.w_k.weight), self.w_v.weight, self.w_lambda.weight
-        q_bte, k_bte, v_bte, gate_bth = project(x_btd, *weights)
+        layers = self.w_q, self.w_k, self.w_v, self.w_lambda
+        q_bte, k_bte, v_bte, gate_bth = project(x_btd, *layers, arrange=(arrange, arrange, None, None))
         q_btud, k_btgd, v_btgd = (y.unflatten(-1, (-1, self.head_dim)) for y in (q_bte, k_bte, v_bte))
         offset = 0 if state is None else state.length
         q_btud, k_btgd = self.position.rotate(q_btud, k_btgd, span, offset)
@@ -90,8 +92,4 @@ class DifferentialV2(AttentionMixer):
 
     def parameter_roles(self) -> Roles:
         """W_λ belongs to neither product."""
-        return super().parameter_roles() | {"w_lambda.weight": "other"}
-
-    def residual_parameters(self) -> tuple[str, ...]:
-        """Weights that write into the residual stream."""
-        return ("w_o.weight",)
+        return super().parameter_roles() | roles(self, {"w_lambda": "other"})

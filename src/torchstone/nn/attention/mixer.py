@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchstone.nn.attention.bias import parallel_bias, step_bias
 from torchstone.nn.attention.core import attend
@@ -18,6 +18,7 @@ from torchstone.nn.attention.observe import Observable
 from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.context import BuildContext
 from torchstone.nn.position.base import Position, PositionContext
+from torchstone.nn.project import layer_flops, matrices, roles
 from torchstone.nn.roles import Role, Roles
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
@@ -82,7 +83,7 @@ class AttentionMixer(Observable):
         kernels that cannot combine maps read the values once per map, which the count leaves out. Biases of positions
         are made once for all rows and count as nothing.
         """
-        projections = sum(2 * layer.weight.numel() for layer in self.children() if isinstance(layer, nn.Linear))
+        projections = sum(layer_flops(layer) for name, layer in self.named_children() if name.startswith("w_"))
         processing = 0.0 if self.score_processor is None else self.score_processor.flops(length)
         maps = 2 * length * (self.maps * self.key_shape[1] + self.heads * self.value_shape[1])
         return projections + maps + processing
@@ -93,8 +94,12 @@ class AttentionMixer(Observable):
 
     def parameter_roles(self) -> Roles:
         """Queries and keys meet in one product, values and outputs in another."""
-        products: dict[str, Role] = {"q": "attention_qk", "k": "attention_qk", "v": "attention_vo", "o": "attention_vo"}
-        return {f"w_{letter}.weight": role for letter, role in products.items()}
+        products: dict[str, Role] = {"w_q": "attention_qk", "w_k": "attention_qk"}
+        return roles(self, {**products, "w_v": "attention_vo", "w_o": "attention_vo"})
+
+    def residual_parameters(self) -> tuple[str, ...]:
+        """Weights that write into the residual stream."""
+        return matrices(self, "w_o")
 
     def _attend(
         self,

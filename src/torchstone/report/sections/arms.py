@@ -35,6 +35,7 @@ def _arm(arm: ArmRecord, color: int, result: Result) -> Markup:
         _diff(arm),
         facts(
             ("parameters", _quantity(arm.parameters)),
+            ("active per token", _quantity(arm.active_parameters)),
             ("FLOPs per token", _quantity(arm.flops_per_token)),
             ("learning rate", _learning_rate(arm)),
         ),

@@ -1,0 +1,295 @@
+"""A folder of transformers as a run directory of step 0, which every command takes that takes a run.
+
+    OUT/tokenizer.json   the checkpoint's tokenizer, with a name for every id of the model
+        recipe.yaml      the model as parts; data, optimizer and budget are a start for training on, not history
+        run.json         record of the run
+        checkpoints/     step 0: the weights
+
+Only settings and tensors are read. Code that comes with a checkpoint is never run; a folder that brings some is refused, since
+its code may mean another model than its `model_type` says, unless the caller vouches for it.
+
+Known families: the Llama family (`interop.llama`), RecurrentGemma, JetMoE. Whatever a checkpoint has and torchstone's parts
+do not is an error that names it.
+
+Pitfalls: weights become fp32. torchstone's tokenizers put nothing before a text, where Llama's and Gemma's put a BOS token:
+start a prompt with it where the model expects one. The recipe names the tokenizer file by its absolute path.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from torchstone.errors import ConfigError, DataError, DependencyError
+from torchstone.interop import jetmoe, llama, recurrent_gemma
+from torchstone.interop.settings import CONFIG, Settings, read_json
+from torchstone.interop.tensors import Source, Weights, fill
+from torchstone.interop.tokenizer import FILE, SETTINGS, fill_vocabulary, known_ids
+from torchstone.models.decoder import Decoder
+from torchstone.nn.attention.multihead import WindowConvention
+from torchstone.recipe.load import load_recipe
+from torchstone.recipe.registry import parse_part
+from torchstone.recipe.schema import Recipe
+from torchstone.storage.atomic import atomic_write
+from torchstone.train.checkpoint import CheckpointStore, Snapshot
+from torchstone.train.distributed import World
+from torchstone.train.loop import Position
+from torchstone.train.precision import Choice, Compute
+from torchstone.train.record import start_run
+from torchstone.train.resume import training_environment
+from torchstone.train.state import optimizer_tensors
+
+DOWNLOADED = ("*.json", "*.safetensors")
+MOST_LENGTH = 1024  # tokens of a training sequence unless the caller says otherwise
+TABLES = (".rotary_emb.inv_freq",)  # computed anew
+
+
+@dataclass(frozen=True)
+class Family:
+    """How one model type becomes a decoder.
+
+    Attributes:
+        model: plain data of the model from the settings.
+        sources: where every tensor of the decoder comes from.
+    """
+
+    model: Callable[[Settings], dict[str, Any]]
+    sources: Callable[[Decoder], Mapping[str, Source]]
+
+
+@dataclass(frozen=True)
+class Import:
+    """What was written.
+
+    Attributes:
+        directory: the run directory.
+        model_type: of the checkpoint.
+        parameters: numbers of values.
+        recipe: of the run.
+    """
+
+    directory: Path
+    model_type: str
+    parameters: int
+    recipe: Recipe
+
+
+def import_checkpoint(
+    source: str | Path,
+    directory: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    window_convention: WindowConvention | None = None,
+) -> Import:
+    """Make a run directory of a Hugging Face checkpoint.
+
+    Args:
+        source: a folder, or the id of a model on the hub (downloads its settings, tokenizer and safetensors files).
+        directory: the run directory to make; it must not exist.
+        overrides: `key=value` texts for the recipe, for everything but the model: `data.length=512`.
+        revision: commit, tag or branch of a hub id.
+        trust_remote_code: accept a folder that brings code; the code is not run, the model is what its type says.
+        window_convention: of RecurrentGemma; None takes plus-one, which is what its authors' code computes.
+
+    Raises:
+        ConfigError: a model that torchstone's parts cannot be. DataError: files are missing or damaged.
+        DependencyError: a hub id needs huggingface_hub.
+    """
+    directory = Path(directory)
+    if directory.exists():
+        raise ConfigError(f"{directory} exists already; give a folder that does not, so that nothing is overwritten.")
+    folder = _folder(source, revision)
+    settings = _settings(folder, trust_remote_code)
+    kind = settings.take("model_type")
+    model, family = _model(kind, settings, window_convention)
+    vocab_size = settings.take("vocab_size")
+    length = min(int(settings.take("max_position_embeddings", MOST_LENGTH)), MOST_LENGTH)
+    settings.finish()
+    directory.mkdir(parents=True)
+    try:
+        data = _data(folder, directory, vocab_size, length)
+        recipe = _recipe(model, data, overrides, vocab_size)
+        decoder = recipe.model.skeleton(vocab_size, recipe.data.sequence_length())
+        with Weights(folder) as weights:
+            ignored = [*TABLES, *_tied(decoder, weights)]
+            tensors = fill(decoder.state_dict(), family.sources(decoder), weights, ignored)
+            decoder.load_state_dict(tensors, assign=True)
+        parameters = sum(parameter.numel() for parameter in decoder.parameters())
+        _write_run(directory, recipe, decoder)
+    except BaseException:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
+    return Import(directory, kind, parameters, recipe)
+
+
+# The checkpoint ----------------------------------------------------------------------------------------
+
+
+def _folder(source: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint; a hub id is downloaded."""
+    path = Path(source)
+    if path.is_dir():
+        if revision is not None:
+            raise ConfigError(f"a revision was given and {source} is a folder; leave it out.")
+        return path
+    if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+        raise ConfigError(f"{source} is no folder and no hub id such as Qwen/Qwen3-0.6B; give one.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise DependencyError("a hub id needs huggingface_hub: pip install 'torchstone[hf]'") from error
+    try:
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(DOWNLOADED)))
+    except Exception as error:  # network and hub errors of several libraries
+        first = str(error).strip().split("\n")[0]
+        raise DataError(
+            f"{source} could not be downloaded ({first}); check the id and the network, or give a folder."
+        ) from error
+
+
+def _settings(folder: Path, trusted: bool) -> Settings:
+    """The settings of the folder; raises ConfigError where it brings code and is not trusted."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise DataError(f"{folder} holds no {CONFIG}; give the folder of a transformers checkpoint.")
+    content = read_json(path)
+    code = ["auto_map in config.json"] if content.get("auto_map") else []
+    code += sorted(item.name for item in folder.glob("*.py"))
+    if code and not trusted:
+        raise ConfigError(
+            f"{folder} brings its own code ({code[0]}), which torchstone never runs and which may mean another model than "
+            f"model_type={content.get('model_type')!r} says. Read it; if the model is the standard one, pass "
+            "--trust-remote-code (trust_remote_code=True)."
+        )
+    settings = Settings(str(path), content)
+    settings.only("is_encoder_decoder", False)
+    settings.only("add_cross_attention", False)
+    return settings
+
+
+def _model(kind: str, settings: Settings, convention: WindowConvention | None) -> tuple[dict[str, Any], Family]:
+    """Plain data of the model, and its family; raises ConfigError for an unknown one."""
+    families = {
+        name: Family(lambda given, name=name: llama.model_of(name, given), llama.sources_of)  # type: ignore[misc]
+        for name in llama.FAMILIES
+    }
+    chosen = convention or recurrent_gemma.OFFICIAL
+    families["recurrent_gemma"] = Family(
+        lambda given: recurrent_gemma.model_of(given, chosen), recurrent_gemma.sources_of
+    )
+    families["jetmoe"] = Family(jetmoe.model_of, jetmoe.sources_of)
+    if kind not in families:
+        raise ConfigError(
+            f"{settings.where} has model_type={kind!r}; torchstone can import {', '.join(sorted(families))}."
+        )
+    if convention is not None and kind != "recurrent_gemma":
+        raise ConfigError(f"a window convention was given and means nothing for model_type={kind!r}; leave it out.")
+    return families[kind].model(settings), families[kind]
+
+
+def _tied(decoder: Decoder, weights: Weights) -> list[str]:
+    """The output matrix of a tied model, which a checkpoint may hold a second time; raises DataError if it differs."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if not decoder.head.tied or head not in weights.names():
+        return []
+    if not torch.equal(weights.take(head), weights.take(embedding)):
+        raise DataError(
+            f"{weights.folder} holds an {head} of its own although tie_word_embeddings is true; correct the setting."
+        )
+    return [head]
+
+
+# The run -----------------------------------------------------------------------------------------------
+
+
+def _data(folder: Path, directory: Path, vocab_size: int, length: int) -> dict[str, Any]:
+    """Plain data of the recipe's data section; writes the tokenizer's file into the run directory."""
+    content = _tokenizer_content(folder)
+    if content is None:  # a data section of the caller's must know the vocabulary
+        return {"kind": "text", "tokenizer": {"kind": "bytes"}, "length": length}
+    fill_vocabulary(content, vocab_size)
+    path = (directory / FILE).resolve()
+    atomic_write(path, json.dumps(content, ensure_ascii=False) + "\n")
+    tokenizer = {"kind": "huggingface", "path": str(path), "end_of_document": _end(folder, known_ids(content))}
+    return {"kind": "text", "tokenizer": tokenizer, "length": length}
+
+
+def _tokenizer_content(folder: Path) -> dict[str, Any] | None:
+    """tokenizer.json, made by transformers where only another form is there; None where there is no tokenizer."""
+    if (folder / FILE).is_file():
+        return read_json(folder / FILE)
+    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", SETTINGS)):
+        return None
+    from torchstone.diagnose.adapters.loading import load_tokenizer
+
+    tokenizer = load_tokenizer(str(folder), None, False)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise DataError(f"the tokenizer of {folder} has no {FILE} form; add one to the folder.")
+    content: dict[str, Any] = json.loads(backend.to_str())
+    return content
+
+
+def _end(folder: Path, names: Mapping[int, str]) -> str | None:
+    """The token that ends a text, as the tokenizer's or the model's settings say; None leaves it to the usual names."""
+    files = [folder / name for name in (SETTINGS, "generation_config.json", CONFIG)]
+    for found in (read_json(path) for path in files if path.is_file()):
+        name = found.get("eos_token")
+        name = name.get("content") if isinstance(name, dict) else name
+        if name in names.values():
+            return str(name)
+        number = found.get("eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and number in names:
+            return names[number]
+    return None
+
+
+def _recipe(model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str], vocab_size: int) -> Recipe:
+    """The run's recipe: the imported model, and settings to train on with."""
+    start = {
+        "model": model,
+        "data": data,
+        "optimizer": {"kind": "adamw", "learning_rate": 1e-5},
+        "schedule": {"kind": "constant"},
+        "budget": {"steps": 1000},
+        "batch": {"sequences": 8},
+        "precision": "fp32",
+        "compile": False,
+    }
+    recipe = load_recipe(start, overrides)
+    if recipe.model != parse_part("model", dict(model)):
+        raise ConfigError("an override changes the model, which is the checkpoint's; override other sections only.")
+    found = recipe.data.vocabulary()
+    if found != vocab_size:
+        raise ConfigError(
+            f"the model has {vocab_size} token ids and the data's tokenizer {found}. The checkpoint has no tokenizer of its "
+            "own: put its tokenizer.json into the folder, or override the data section, for example data.tokenizer=PATH."
+        )
+    return recipe
+
+
+def _write_run(directory: Path, recipe: Recipe, model: Decoder) -> None:
+    """The record and the checkpoint of step 0."""
+    world = World(0, 1, torch.device("cpu"))
+    data = recipe.data.build(None)
+    compute = Compute("fp32" if recipe.precision == "auto" else recipe.precision, recipe.compile is True)
+    record = start_run(directory, recipe, data.fingerprint, world, lambda: Choice(compute))
+    tensors, plain = optimizer_tensors(recipe.optimizer.build(model))
+    content = {
+        "position": asdict(Position()),
+        "optimizer": plain,
+        "fingerprint": record.fingerprint,
+        "data": record.data,
+        "environment": training_environment(world),
+    }
+    store = CheckpointStore(directory / "checkpoints", recipe.checkpoint.keep)
+    store.save(Snapshot(0, {"model": dict(model.state_dict()), "optimizer": tensors}, content))

@@ -1,0 +1,136 @@
+"""RecurrentGemma (Botev et al., arXiv 2404.07839) as transformers stores it, made into torchstone's parts.
+
+    recurrent layer   mixer rglru            conv [r, 1, w] → [w, r]; the last tap is the current token on both sides
+    attention layer   mixer local-attention  rotary on the first half of each head
+    every layer       feedforward geglu with biases, norm rmsnorm: gain = 1 + weight
+    outside           embedding × √d rounded to bf16, tied head with a soft cap
+
+Pitfalls: `intermediate_size` counts both branches of the feed-forward layer. A window of W means W keys in transformers and
+W + 1 in the authors' code; the two differ for texts longer than W, and a checkpoint's weights were trained with the
+authors' (`OFFICIAL`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from torchstone.errors import ConfigError
+from torchstone.interop.settings import Settings, rotary_of
+from torchstone.interop.tensors import Source
+from torchstone.models.decoder import Decoder
+from torchstone.nn.attention.multihead import WindowConvention
+
+OFFICIAL: WindowConvention = "plus-one"
+BLOCKS = ("recurrent", "recurrent", "attention")
+OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.gain": "model.final_norm.weight"}
+INSIDE = {
+    "mixer_norm.gain": "temporal_pre_norm.weight",
+    "feedforward_norm.gain": "channel_pre_norm.weight",
+    "mixer.conv.weight": "temporal_block.conv_1d.weight",
+    "mixer.conv.bias": "temporal_block.conv_1d.bias",
+    "mixer.rg_lru.alpha": "temporal_block.rg_lru.recurrent_param",
+    "mixer.rg_lru.input_gate.weight": "temporal_block.rg_lru.input_gate_weight",
+    "mixer.rg_lru.input_gate.bias": "temporal_block.rg_lru.input_gate_bias",
+    "mixer.rg_lru.recurrence_gate.weight": "temporal_block.rg_lru.recurrent_gate_weight",
+    "mixer.rg_lru.recurrence_gate.bias": "temporal_block.rg_lru.recurrent_gate_bias",
+}
+LAYERS = {"mixer.w_y": "temporal_block.linear_y", "mixer.w_x": "temporal_block.linear_x"}
+LAYERS |= {f"mixer.w_{letter}": f"temporal_block.{letter}_proj" for letter in "qkv"}
+LAYERS |= {f"feedforward.w_{name}": f"mlp_block.{name}_proj" for name in ("gate", "up", "down")}
+OUTPUTS = {"rglru": "linear_out", "local-attention": "o_proj"}
+
+
+def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]:
+    """Plain data of the decoder; raises ConfigError.
+
+    Args:
+        settings: config.json.
+        convention: what a window of W means.
+    """
+    width, heads = settings.take("hidden_size"), settings.take("num_attention_heads")
+    both = settings.take("intermediate_size")
+    head_dim = width // heads
+    if settings.take("head_dim", head_dim) != head_dim or both % 2:
+        raise ConfigError(
+            f"{settings.where} has head_dim other than hidden_size / num_attention_heads, or an odd intermediate_size; that "
+            "is no RecurrentGemma."
+        )
+    settings.only("hidden_activation", "gelu_pytorch_tanh")
+    settings.only("attention_bias", False)
+    settings.only("embeddings_scale_by_sqrt_dim", True)
+    for name in ("w_init_variance_scale", "final_w_init_variance_scale"):  # of the initial weights
+        settings.take(name, None)
+    mixers = {
+        "recurrent": {
+            "kind": "rglru",
+            "lru_width": settings.take("lru_width", None) or width,
+            "num_blocks": heads,
+            "conv_width": settings.take("conv1d_width", 4),
+        },
+        "attention": {
+            "kind": "local-attention",
+            "heads": heads,
+            "kv_heads": settings.take("num_key_value_heads", None) or heads,
+            "head_dim": head_dim,
+            "window": settings.take("attention_window_size", 2048),
+            "window_convention": convention,
+            "position": rotary_of(settings, share=0.5),
+        },
+    }
+    blocks, depth = settings.take("block_types", BLOCKS), settings.take("num_hidden_layers")
+    if unknown := sorted(set(blocks) - set(mixers)):
+        raise ConfigError(f"{settings.where} has block_types with {unknown[0]!r}; known are {' and '.join(mixers)}.")
+    return {
+        "kind": "decoder",
+        "width": width,
+        "depth": depth,
+        "head_dim": head_dim,
+        "block": {
+            "feedforward": {"kind": "geglu", "hidden": both // 2, "approximate": "tanh", "bias": True},
+            "norm": {"kind": "rmsnorm", "eps": settings.take("rms_norm_eps", 1e-6)},
+        },
+        "pattern": [mixers[block] for block in list(blocks)[:depth]],
+        "embedding_scale": "sqrt-width-bf16",
+        "head": {
+            "kind": "linear",
+            "tied": bool(settings.take("tie_word_embeddings", True)),
+            "soft_cap": settings.take("logits_soft_cap", 30.0),
+        },
+    }
+
+
+def sources_of(model: Decoder) -> dict[str, Source]:
+    """Which tensors of the checkpoint each tensor of the decoder is made of."""
+    return {name: _source(model, name) for name in model.state_dict()}
+
+
+def _source(model: Decoder, name: str) -> Source:
+    if name == "head.project.weight":
+        return Source(("lm_head.weight",))
+    if name in OUTSIDE:
+        return Source((OUTSIDE[name],), _gain if name.endswith("gain") else _as_is)
+    _, layer, inner = name.split(".", 2)
+    place = f"model.layers.{layer}."
+    if inner in INSIDE:
+        made = {"gain": _gain, "mixer.conv.weight": _taps}
+        return Source((place + INSIDE[inner],), made.get(inner) or made.get(inner.rsplit(".")[-1], _as_is))
+    owner, _, form = inner.rpartition(".")
+    kind = model.config.pattern[int(layer) % len(model.config.pattern)].kind
+    theirs = f"temporal_block.{OUTPUTS[kind]}" if owner == "mixer.w_o" else LAYERS[owner]
+    return Source((f"{place}{theirs}.{form}",))
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _gain(weight: Tensor) -> Tensor:
+    """The gain 1 + weight, added in fp32: near 1 half types keep few digits."""
+    return 1.0 + weight.float()
+
+
+def _taps(weight_r1w: Tensor) -> Tensor:
+    """[w, r] of [r, 1, w]."""
+    return weight_r1w.squeeze(1).t()
