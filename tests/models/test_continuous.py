@@ -15,6 +15,7 @@ from torchstone.models.continuous import Batcher, Completion, Request
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.models.generate import generate
 from torchstone.models.sampling import Sampling
+from torchstone.recipe.registry import parse_part
 
 MODELS: dict[str, Any] = {
     "attention": {"block": {"mixer": "attention"}},
@@ -23,10 +24,12 @@ MODELS: dict[str, Any] = {
     "differential v2 window": {"block": {"mixer": {"kind": "differential", "version": "v2", "window": 4}}},
     "kerple": {"block": {"mixer": {"kind": "attention", "position": "kerple"}}},
     "fire dape": {"block": {"mixer": {"kind": "attention", "position": "fire", "score_processor": "dape"}}},
+    "moa": {"block": {"mixer": "moa"}},
     "rglru": {"block": {"mixer": "rglru"}},
     "hgrn2": {"block": {"mixer": "hgrn2"}},
     "RRA": {"depth": 3, "pattern": ["rglru", "rglru", {"kind": "local-attention", "window": 4}]},
     "HD": {"pattern": "HD"},
+    "belief state": {"kind": "belief-state", "end_token": 3},
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 CHANCE = Sampling(temperature=1.2, top_k=20)
@@ -35,7 +38,8 @@ CHANCE = Sampling(temperature=1.2, top_k=20)
 @cache
 def build(name: str) -> Decoder:
     config = {"width": 32, "depth": 2, "head_dim": 8, "initialisation": {"kind": "normal", "std": 0.3}, **MODELS[name]}
-    return DecoderConfig.model_validate(config).build(50, 16, 0).double().eval()
+    model: Any = parse_part("model", {"kind": "decoder", **config})
+    return model.build(50, 16, 0).double().eval()
 
 
 def prompt(length: int, seed: int) -> list[int]:

@@ -338,3 +338,18 @@ def test_the_fused_kernel_keeps_a_far_bias_fine(given: str, key_heads: int, lear
         (ours,) = torch.autograd.grad(found.float(), far, cotangent)
         (theirs,) = torch.autograd.grad(expected, exact, cotangent.double())
         torch.testing.assert_close(ours.double(), theirs, atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize("kind", ["alibi", "kerple", "fire"])
+@torch.no_grad()
+def test_fp64_queries_agree_with_the_eager_core(kind: str) -> None:
+    """Biases are fp32 whatever the queries are; a kernel that takes both as they come misreads the bias."""
+    context = BuildContext(width=32, head_dim=8, depth=2, layer=1, vocab_size=10, length=16)
+    mixer = parse_part("mixer", {"kind": "attention", "position": kind}).build(context).double().eval()  # type: ignore[attr-defined]
+    for parameter in mixer.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    x_btd = torch.randn(2, 16, 32, dtype=torch.float64)
+    fast, _ = mixer(x_btd, Span())
+    with observe(mixer):
+        eager, _ = mixer(x_btd, Span())
+    torch.testing.assert_close(fast, eager, atol=1e-10, rtol=1e-10)

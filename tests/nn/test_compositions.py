@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from tests.support.pairwise import Combination, all_pairs, pairs_of
 from torch import Tensor
 
-from tests.support.pairwise import Combination, all_pairs, pairs_of
 from torchstone.data.batch import Batch
 from torchstone.errors import ConfigError
 from torchstone.models.generate import generate

@@ -34,9 +34,10 @@ def reverse(rows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("biases", [(False, False), (True, False), (True, True)])
-def test_linear_maps_together_are_the_maps_alone(biases: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("length", [1, 4, 9])  # few tokens go another way
+def test_linear_maps_together_are_the_maps_alone(biases: tuple[bool, bool], length: int) -> None:
     layers = [nn.Linear(6, size, bias=bias) for size, bias in zip((5, 3), biases, strict=True)]
-    x_btd = torch.randn(2, 4, 6)
+    x_btd = torch.randn(2, length, 6)
     first, second = project(x_btd, *layers, arrange=(reverse, None))
     torch.testing.assert_close(first, layers[0](x_btd).flip(-1))
     torch.testing.assert_close(second, layers[1](x_btd))

@@ -154,7 +154,7 @@ def test_every_row_weighs_the_same_and_rows_without_pairs_are_skipped_with_one_w
     objective = BeliefStateObjective(rule)
     with pytest.warns(UserWarning, match="1 sequences of a batch have no pair with a gap of 3"):
         output = objective(model, rows_of(few, many, none))
-    assert int(output.count) == 2 == objective.count_targets(rows_of(few, many, none))
+    assert int(output.count) == 2 == objective.count_targets(rows_of(few, many, none), model)
     means = [losses.mean() for losses in pair_losses(model, torch.tensor([few, many, none]), rule)]
     torch.testing.assert_close(output.loss_sum, sum(means, torch.zeros(())), atol=1e-5, rtol=1e-5)
     with warnings.catch_warnings():

@@ -43,7 +43,7 @@ def test_the_loss_is_that_of_next_tokens_on_the_middle() -> None:
     batch = Batch(tokens_bt[:, :-1], tokens_bt[:, 1:])
     objective = FillInTheMiddleObjectiveConfig(fim_token=FIM, end_token=END).build()
     mask_bt = middle_mask(batch.targets_bt, FIM, END)
-    assert 0 < int(mask_bt.sum()) == objective.count_targets(batch) < mask_bt.numel()
+    assert 0 < int(mask_bt.sum()) == objective.count_targets(batch, None) < mask_bt.numel()
     kept = Batch(batch.tokens_bt, batch.targets_bt.masked_fill(~mask_bt, IGNORE))
     ours, theirs = objective(model, batch), NextTokenConfig().build()(model, kept)
     assert torch.equal(ours.loss, theirs.loss) and int(ours.count) == int(mask_bt.sum())

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from torchstone.lab.matching import training_flops
 from torchstone.lab.runner import RunOptions, run_study
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
-from torchstone.studies import _belief_state_transformer as shown
 from torchstone.studies.belief_state_transformer import BeliefStateTransformer
 
 every_scale = pytest.mark.parametrize("scale", ["toy", "gpu"])
@@ -23,7 +23,7 @@ def recipes(scale: str) -> dict[str, Recipe]:
 @every_scale
 def test_arms_spend_equal_flops(scale: str) -> None:
     found = recipes(scale)
-    spent = {name: shown.training_flops(recipe) for name, recipe in found.items()}
+    spent = {name: training_flops(recipe) for name, recipe in found.items()}
     assert spent["next-token"] == pytest.approx(spent["belief-state"], rel=0.005)
     assert spent["no-prev"] == pytest.approx(spent["belief-state"], rel=0.005)
     assert spent["empty-suffix"] == pytest.approx(spent["belief-state"], rel=0.005)
@@ -65,7 +65,7 @@ def test_smoke_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     recipe = load_recipe(
         next(arm for arm in study.check(study.scales["smoke"]) if arm.name == "belief-state").settings["recipe"]
     )
-    assert cells["belief-state"].flops == pytest.approx(shown.training_flops(recipe))
+    assert cells["belief-state"].flops == pytest.approx(training_flops(recipe))
     planning, costs = result.tables[:2]
     assert {row[0] for row in planning.rows} == {"next-token", "belief-state", "no-prev", "empty-suffix"}
     assert {row[0] for row in costs.rows} == set(cells)

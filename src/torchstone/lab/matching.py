@@ -22,9 +22,9 @@ from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
 from torchstone.errors import BudgetError, ConfigError
-from torchstone.models.counts import Counts, count
 from torchstone.recipe.schema import Budget, Recipe
 from torchstone.report.result import Match
+from torchstone.train.budget import counts_of, steps_of
 
 On = Literal["params", "flops"]
 Free = Literal["feedforward", "depth", "width", "steps"]
@@ -32,21 +32,9 @@ FREE: tuple[str, ...] = ("feedforward", "depth", "width", "steps")
 TOLERANCE = 0.005
 
 
-def counts_of(recipe: Recipe) -> Counts:
-    """Parameters and FLOPs of a recipe's model on its data's vocabulary and length."""
-    return count(recipe.model, recipe.data.vocabulary(), recipe.data.sequence_length())
-
-
-def total_steps(recipe: Recipe) -> int:
-    """Optimizer updates that the recipe's budget buys."""
-    from torchstone.train.budget import steps_of
-
-    return steps_of(recipe)
-
-
 def training_flops(recipe: Recipe) -> float:
     """Training FLOPs (forward and backward) over the whole budget."""
-    tokens = total_steps(recipe) * recipe.batch.sequences * recipe.data.sequence_length()
+    tokens = steps_of(recipe) * recipe.batch.sequences * recipe.data.sequence_length()
     return counts_of(recipe).training_flops_per_token * tokens
 
 
@@ -141,7 +129,7 @@ def _steps(recipe: Recipe) -> _Axis:
     def put(steps: int) -> Recipe:
         return recipe.model_copy(update={"budget": Budget(steps=steps)})
 
-    return _Axis("budget.steps", total_steps(recipe), 1, put)
+    return _Axis("budget.steps", steps_of(recipe), 1, put)
 
 
 _AXES: dict[str, Callable[[Recipe], _Axis]] = {

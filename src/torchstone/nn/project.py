@@ -8,6 +8,7 @@ Shapes: b batch · t tokens · d width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from torchstone.nn.roles import Role, Roles
 
+FEW_TOKENS = 8  # up to here, putting weights side by side costs more than the products themselves
+
 Arrange = Callable[[Tensor], Tensor]
 """Reorders the rows of a weight [out, in] (or of a bias [out]): the outputs of a map."""
 
@@ -25,14 +28,16 @@ def project(x_btd: Tensor, *layers: nn.Module, arrange: Sequence[Arrange | None]
     """Outputs [b, t, out] of every layer, plain linear ones computed together.
 
     Their weights stay separate parameters (so that names, initialisation and paired arms stay simple) and are put side by side
-    for the product: one large product runs faster than several small ones, and so does its gradient.
+    for the product: one large product runs faster than several small ones, and so does its gradient. For a few tokens, as in
+    decoding, the copy of the weights would cost more.
 
     Args:
         layers: dense maps of the same input.
         arrange: for each layer the order of its outputs, or None to leave it; () leaves all.
     """
     orders = tuple(arrange) or (None,) * len(layers)
-    if not all(type(layer) is nn.Linear for layer in layers):
+    few = math.prod(x_btd.shape[:-1]) <= FEW_TOKENS
+    if few or not all(type(layer) is nn.Linear for layer in layers):
         outputs = [layer(x_btd) for layer in layers]
         return tuple(y if order is None else _reorder(order, y) for y, order in zip(outputs, orders, strict=True))
     plain: list[Any] = list(layers)

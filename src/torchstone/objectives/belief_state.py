@@ -45,14 +45,18 @@ class BeliefStateObjective(nn.Module):
         rule: which pairs count.
         weights: of the next and of the previous token.
         chunk: pairs that the head works on at once; None: about a million numbers.
+
+    Attributes:
+        per_token: False: the loss is a mean over pairs and rows, which bits per byte cannot be made of.
     """
+
+    per_token = False
 
     def __init__(self, rule: PairRule, weights: tuple[float, float] = (1.0, 1.0), chunk: int | None = None) -> None:
         super().__init__()
         self.rule, self.chunk = rule, chunk
         self.weights = tuple(weight / sum(weights) for weight in weights)
         self._warned = False
-        self._end_token: int | None = None
         self._loss, self._pairs = pair_cross_entropy, self._pairs_of
 
     def before_compile(self) -> None:
@@ -60,13 +64,9 @@ class BeliefStateObjective(nn.Module):
         self._loss = torch.compiler.disable(pair_cross_entropy)
         self._pairs = torch.compiler.disable(self._pairs_of)
 
-    def count_targets(self, batch: Batch) -> int:
-        """What the sum of losses of a batch is divided by: rows that have a pair.
-
-        The end token is that of the last model seen; before the first pass no row is taken to lack pairs.
-        """
-        end_token = -1 if self._end_token is None else self._end_token
-        return int(rows_with_pairs(batch.tokens_bt, end_token, self.rule, batch.documents_bt).sum())
+    def count_targets(self, batch: Batch, model: Any) -> int:
+        """What the sum of losses of a batch is divided by: rows that have a pair."""
+        return int(rows_with_pairs(batch.tokens_bt, model.end_token, self.rule, batch.documents_bt).sum())
 
     def forward(self, model: Any, batch: Batch) -> LossOutput:
         """Loss of a belief-state model on a batch.
@@ -74,8 +74,7 @@ class BeliefStateObjective(nn.Module):
         Raises:
             ConfigError: another kind of model, or rows too short for one pair.
         """
-        self._check(batch, model)
-        self._end_token = model.end_token
+        self._check(batch.tokens_bt.shape[1], model)
         tokens_bt, documents_bt = batch.tokens_bt, batch.documents_bt
         rows, length = tokens_bt.shape
         training = torch.is_grad_enabled()
@@ -118,13 +117,14 @@ class BeliefStateObjective(nn.Module):
         self._warn(rows - int(count))
         return pairs, count
 
-    def _check(self, batch: Batch, model: Any) -> None:
+    def _check(self, length: int, model: Any) -> None:
+        """Raise ConfigError for another kind of model, or rows too short for one pair."""
         if not isinstance(model, BeliefState):
             raise ConfigError(
                 "the objective belief-state needs a model with a backward encoder, and this one has none; set model to "
                 "belief-state, or take the objective next-token."
             )
-        least, length = self.rule.context_length + self.rule.gap_min + 1, batch.tokens_bt.shape[1]
+        least = self.rule.context_length + self.rule.gap_min + 1
         if length < least:
             raise ConfigError(
                 f"sequences have {length} tokens, and the shortest pair needs {least}: context_length "
@@ -140,8 +140,13 @@ class BeliefStateObjective(nn.Module):
                 stacklevel=2,
             )
 
-    def flops(self, model: BeliefState, length: int) -> float:
-        """Forward FLOPs per token of a row of `length` tokens that is one document, encoders and pairs together."""
+    def flops(self, model: Any, length: int) -> float:
+        """Forward FLOPs per token of a row of `length` tokens that is one document, encoders and pairs together.
+
+        Raises:
+            ConfigError: another kind of model, or rows too short for one pair.
+        """
+        self._check(length, model)
         ahead, behind = length - self.rule.gap_min, length - self.rule.context_length - self.rule.gap_min
         encoders = ahead * model.stack_flops(ahead) + behind * model.backward_encoder.stack_flops(behind)
         tables = (ahead + behind) * model.head.table_flops()

@@ -60,7 +60,7 @@ class FillInTheMiddle(NextToken):
         mask_bt = middle_mask(targets_bt, self.fim_token, self.end_token)
         return dataclasses.replace(batch, targets_bt=targets_bt.masked_fill(~mask_bt, IGNORE))
 
-    def count_targets(self, batch: Batch) -> int:
+    def count_targets(self, batch: Batch, model: Any) -> int:
         """Targets of the middle."""
         return int((self.masked(batch).targets_bt != IGNORE).sum())
 

@@ -66,7 +66,9 @@ class ArmRecord(Record):
     note: str = ""
     intervention: tuple[Change, ...] = ()
     parameters: int | None = None
-    active_parameters: int | None = Field(default=None, description="those that one token uses, where experts are chosen")
+    active_parameters: int | None = Field(
+        default=None, description="those that one token uses, where experts are chosen"
+    )
     flops_per_token: float | None = None
     match: Match | None = None
     learning_rate: float | None = None

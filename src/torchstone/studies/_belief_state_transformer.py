@@ -8,10 +8,10 @@ from typing import Any
 
 from torchstone.evals.infilling import held_out_gaps, infilling_losses, plain_losses
 from torchstone.evals.planning import planning
+from torchstone.lab.matching import counts_of, training_flops
 from torchstone.lab.study import Cell, Measurement
 from torchstone.lab.training import Probe, Trained
 from torchstone.models.belief_state import BeliefState
-from torchstone.objectives.belief_state import BeliefStateObjective
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Budget, Recipe
 from torchstone.report.result import Figure, Line, Metric, PaperFigure, Series, Table
@@ -84,21 +84,6 @@ def text_lines(s: Settings, arm: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def forward_flops(recipe: Recipe) -> float:
-    """Forward FLOPs per token of training under the recipe's objective."""
-    length = recipe.data.sequence_length()
-    model = recipe.model.skeleton(recipe.data.vocabulary(), length)
-    objective = recipe.objective.build()
-    return objective.flops(model, length) if isinstance(objective, BeliefStateObjective) else model.flops(length)
-
-
-def training_flops(recipe: Recipe) -> float:
-    """FLOPs of the whole training: three forward passes for every token."""
-    assert recipe.budget.steps is not None
-    tokens = recipe.budget.steps * recipe.batch.sequences * recipe.data.sequence_length()
-    return 3 * forward_flops(recipe) * tokens
-
-
 def matched(recipe: Recipe, reference: Recipe) -> Recipe:
     """The recipe with so many steps that it spends the reference's FLOPs."""
     assert recipe.budget.steps is not None
@@ -158,7 +143,9 @@ def tables(cells: Cells) -> tuple[Table, ...]:
         recipe = load_recipe(found[0][0].arm.settings["recipe"])
         seconds = fmean(one.extra["seconds"] for _, one in found)
         steps = recipe.budget.steps
-        costs.append((arm, steps, forward_flops(recipe) / 1e6, training_flops(recipe) / 1e12, seconds))
+        costs.append(
+            (arm, steps, counts_of(recipe).training_flops_per_token / 3e6, training_flops(recipe) / 1e12, seconds)
+        )
         accuracies = [one.metrics["path_accuracy"] for _, one in found if "path_accuracy" in one.metrics]
         if accuracies:
             left = [one.metrics.get("left_plateau") for _, one in found]

@@ -16,16 +16,16 @@ Infilling is measured on bytes of source code: the loss of the true middle given
 the goal first (fill in the middle, same FLOPs), and the loss of plain text against a decoder trained on plain text alone.
 `infill.belief-state` keeps a share of its pairs, because all of them would cost 30 times its encoders.
 
-Batch, rate and width of the toy scale are as planned beforehand. Pilots of the belief-state arm on seeds 1000 to 1002 looked for
-something faster and found nothing that could be relied on: batch 32 was at 0.79 after 1200 steps and at 0.97 after 1400 (seed
-1000); batch 16 and a rate of 3e-3 were near 0.09 after 1200 and 800 steps (seed 1001); with larger initial values (0.08,
-embeddings 0.3) all three seeds sat at 0.5 until they were stopped after 1000 to 1600 steps. Batch 64 was at 0.5 after 400 steps
-and stopped there. Only the number of steps was set to fit the time. No other arm was run before.
+Fixed after pilots of the belief-state arm on seeds 1000 to 1002; no other arm was run before. With rate 2e-3 and batch 32 it was
+at 0.52 after 400 steps, 0.79 after 1200 and 0.97 after 1400 (seed 1000). Batch 64 was at 0.46 and 0.51 after 800 steps (seeds
+1001 and 1002) at nearly twice the time a step. Batch 16 and a rate of 3e-3 were near 0.09 after 1200 and 800 steps (seed
+1001). With larger initial values (0.08, embeddings 0.3) and batch 32, seed 1000 was at 0.48 after 1000 steps, seeds 1001 and 1002
+at 0.50 after 2000. The toy setting is thus the one of six that solved the task in the time it had, on its one seed; several
+others were cut short. Some seeds may not leave the plateau. The gpu scale was not piloted.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from torchstone.lab.study import ZERO, Cell, Claim, Measurement, Scale, Summary
@@ -67,8 +67,8 @@ class BeliefStateTransformer(TrainingStudy):
         "smoke": Scale(2, {"arms": 2, "path": 3, "nodes": 6, "width": 32, "heads": 4, "depth": 1, "backward": 1, "batch": 4,
                            "rate": 2e-3, "steps": 4, "every": 2, "graphs": 16,
                            "text": {**ROOM, "depth": 1, "length": 128, "batch": 2, "steps": 2, "gaps": 8}}),
-        "toy": Scale(4, {"arms": 2, "path": 4, "nodes": 8, "width": 64, "heads": 4, "depth": 4, "backward": 1, "batch": 64,
-                         "rate": 2e-3, "steps": 1200, "every": 100, "graphs": 512,
+        "toy": Scale(3, {"arms": 2, "path": 4, "nodes": 8, "width": 64, "heads": 4, "depth": 4, "backward": 1, "batch": 32,
+                         "rate": 2e-3, "steps": 1600, "every": 100, "graphs": 512,
                          "text": {**ROOM, "depth": 2, "length": 128, "batch": 16, "steps": 160, "gaps": 128}}),
         "gpu": Scale(3, {"arms": 2, "path": 5, "nodes": 50, "width": 256, "heads": 8, "depth": 6, "backward": 6, "batch": 256,
                          "rate": 3e-4, "steps": 2500, "every": 100, "graphs": 1024,
@@ -110,11 +110,6 @@ class BeliefStateTransformer(TrainingStudy):
     def probe(self, trained: Trained) -> Probe:
         """Paths at every checkpoint, or losses of middles and of plain text."""
         return shown.paths(trained) if trained.recipe.data.kind == "star-graph" else shown.gaps(trained)
-
-    def measure(self, cell: Cell) -> Measurement:
-        """Train the cell; its FLOPs are those of the objective."""
-        flops = shown.training_flops(load_recipe(cell.arm.settings["recipe"]))
-        return dataclasses.replace(super().measure(cell), flops=flops)
 
     def summarise(self, cells: Sequence[tuple[Cell, Measurement]]) -> Summary:
         """How many seeds solve it, when they leave the plateau, what each arm costs, and curves."""

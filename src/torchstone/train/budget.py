@@ -4,21 +4,40 @@ its data with the shares of each stage."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torchstone.data.shares import Phase, Timetable, first_difference
 from torchstone.errors import BudgetError, ConfigError
 from torchstone.models.counts import Counts, count
 from torchstone.optim.groups import group_table
+from torchstone.recipe.part import Part
 from torchstone.recipe.schema import Recipe
 
 MOST_STEPS = 10**9
 
 
 def counts_of(recipe: Recipe) -> Counts:
-    """Parameters and FLOPs of a recipe's model on its data's vocabulary and length."""
+    """Parameters and FLOPs of a recipe's model on its data's vocabulary and length.
+
+    Training costs three forward passes of the model, or of what the objective makes of it where that is more (pairs of
+    prefixes and suffixes): an objective then says so in `flops(model, length)`, per token.
+
+    Raises:
+        ConfigError: the objective needs another kind of model.
+    """
     vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()
-    return count(recipe.model, vocabulary, length)
+    counts = count(recipe.model, vocabulary, length)
+    forward = _forward_flops(recipe.objective, recipe.model, vocabulary, length)
+    return counts if forward is None else replace(counts, training_flops_per_token=3 * forward)
+
+
+@lru_cache(maxsize=512)
+def _forward_flops(objective: Part, model: Part, vocabulary: int, length: int) -> float | None:
+    """What the objective says of its forward pass, per token; None if it says nothing."""
+    own = getattr(objective.build(), "flops", None)  # type: ignore[attr-defined]
+    return None if own is None else float(own(model.skeleton(vocabulary, length), length))  # type: ignore[attr-defined]
 
 
 def groups_of(recipe: Recipe) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ def evaluate(
 
     Args:
         model: the plain decoder (not compiled, so that evaluation compiles nothing).
-        objective: computes the loss.
+        objective: computes the loss; one whose loss is not per token of the text says so in `per_token`.
         data: the data source.
         sequences: held-out sequences.
         rows: sequences per forward pass, at most 64.
@@ -59,6 +59,6 @@ def evaluate(
     loss_sum, count, correct = world.total(totals).tolist()
     loss = loss_sum / count
     found = {"loss": loss, "accuracy": correct / count}
-    if data.bytes_per_token:
+    if data.bytes_per_token and getattr(objective, "per_token", True):
         found["bits_per_byte"] = loss / math.log(2) / data.bytes_per_token
     return found

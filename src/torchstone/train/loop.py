@@ -175,7 +175,7 @@ class Trainer:
     def _targets(self, batch: Batch) -> int:
         """What the loss of a batch is divided by: its scored positions, unless the objective counts otherwise."""
         own = getattr(self.objective, "count_targets", None)
-        return int((batch.targets_bt != IGNORE).sum()) if own is None else own(batch)
+        return int((batch.targets_bt != IGNORE).sum()) if own is None else own(batch, self.model)
 
     def _gradients(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.grad is not None]

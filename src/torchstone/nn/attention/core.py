@@ -14,6 +14,7 @@ which chooses:
 
 - a score processor: `nn.attention.processed`.
 - observed: eager, everything recorded.
+- one query and two maps: `nn.attention.step`, which copies nothing of the decoding state.
 - CPU, causal, up to BLOCKED_LENGTH tokens, and two maps, half precision or a bias on BIASED_LENGTH tokens or more:
   `nn.attention.blocked`.
 - CUDA, causal, with a bias: `nn.attention.flex`, which computes it score by score.
@@ -41,6 +42,7 @@ from torchstone.nn.attention.mask import Mask
 from torchstone.nn.attention.observe import Observation
 from torchstone.nn.attention.processed import processed_attention
 from torchstone.nn.attention.score_processor import ScoreProcessor
+from torchstone.nn.attention.step import step_attention
 
 BLOCKED_LENGTH = 1024
 BIASED_LENGTH = 128
@@ -85,6 +87,8 @@ def attend(
         )
     if observation is not None:
         return eager_attention(q_butd, k_bgsd, v_bgse, mask, scale, difference, dropout, observation, bias)
+    if dropout == 0 and difference is not None and q_butd.shape[2] == 1:
+        return step_attention(q_butd, k_bgsd, v_bgse, mask, scale, difference, bias)
     if dropout == 0 and _blocked(q_butd, mask, difference, bias):
         return _blocked_attention(q_butd, k_bgsd, v_bgse, mask, scale, difference, bias)
     term = bias.term() if bias is not None and dropout == 0 and fits_flex(q_butd, mask) else None
@@ -151,7 +155,9 @@ def fused_attention(
     if bias is None:
         added = mask.additive(q_butd.dtype)
     else:
-        added = mask.biased(_of_maps(bias.whole(), difference))
+        # torch's CPU kernel misreads a mask that is coarser than the queries
+        bias_buts = _of_maps(bias.whole(), difference)
+        added = mask.biased(bias_buts.to(torch.promote_types(bias_buts.dtype, q_butd.dtype)))
     channels, wanted = q_butd.shape[-1], v_bgse.shape[-1]
     if wanted > channels and q_butd.device.type == "cpu":
         q_butd = F.pad(q_butd, (0, wanted - channels))

@@ -124,6 +124,8 @@ def step_mask(span: Span, keys: Keys, queries: int, window: int | None) -> Mask:
 def _of_new(keys: Keys, queries: int) -> Tensor:
     """Segments of the new tokens, which a ring may hold anywhere."""
     assert keys.segments_bs is not None
+    if keys.ordered:
+        return keys.segments_bs[:, -queries:]
     order = keys.index_s.argsort()[-queries:]
     return keys.segments_bs[:, order]
 
