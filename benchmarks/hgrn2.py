@@ -35,7 +35,7 @@ from torchstone.nn.context import BuildContext
 from torchstone.nn.initialisation import fill_buffers
 from torchstone.nn.recurrence.gated_linear import gated_linear_attention, gated_linear_recurrence
 from torchstone.nn.recurrence.hgrn2 import HGRN2Config
-from torchstone.nn.recurrence.reference_gated_linear import reference_gated_linear_attention
+from torchstone.nn.recurrence.gated_linear_reference import reference_gated_linear_attention
 from torchstone.nn.span import Span
 
 GOAL = 8.0

@@ -16,7 +16,9 @@ def test_it_is_prose_in_order_and_no_part_of_the_standard_library_corpus() -> No
     documents = list(PythonHelpConfig().build().documents())
     names = [document.id for document in documents]
     assert names == sorted(set(names)) and {"for", "lambda"} <= set(names)
-    assert sum(len(document.text) for document in documents) > 400_000
+    assert sum(len(document.text) for document in documents) > 200_000
+    passages = [passage for document in documents for passage in document.text.split("\n\n")]
+    assert len(passages) == len(set(passages)) > 2000
     assert not any("pydoc_data" in document.id for document in StdlibConfig().build().documents())
 
 

@@ -21,7 +21,7 @@ from torchstone.nn.recurrence.gated_linear import (
     gated_linear_recurrence,
 )
 from torchstone.nn.recurrence.gated_linear_fla import fla_gated_linear_attention, use_kernels
-from torchstone.nn.recurrence.reference_gated_linear import reference_gated_linear_attention
+from torchstone.nn.recurrence.gated_linear_reference import reference_gated_linear_attention
 
 Attention = Callable[..., tuple[Tensor, Tensor]]
 LOWEST = -100.0

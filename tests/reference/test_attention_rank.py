@@ -1,6 +1,6 @@
 """Ranks, balance, descent and decay groups give the numbers of the reference file.
 
-Every case comes from the file: the values of λ, heads, spectra and parameters that it names, however many. Sheet
+Every case comes from the file: the values of λ, heads, spectra and parameters that it names, however many. Planned
 tolerances: 1e-5 relative plus 1e-7 absolute; integer ranks exact.
 """
 

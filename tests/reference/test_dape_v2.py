@@ -2,7 +2,7 @@
 
 Cases, sizes and kinds are read from the vector file; nothing here knows how many there are. A kind is a base (alibi,
 kerple, fire, nope, rope), and `_dape1` or `_dape2` behind it where its scores are processed. The file starts from scores,
-after any rotation. Tolerance of the sheet: 2e-5 (a share of
+after any rotation. Planned tolerance: 2e-5 (a share of
 the largest entry where that is above 1).
 """
 

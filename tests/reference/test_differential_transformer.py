@@ -1,6 +1,6 @@
 """Differential attention equals its authors' code, and plain attention their baseline: outputs and gradients.
 
-Cases, sizes and settings are read from the vector file; nothing here knows how many there are. Sheet tolerances: 2e-5
+Cases, sizes and settings are read from the vector file; nothing here knows how many there are. Planned tolerances: 2e-5
 absolute on outputs, 1e-4 of the largest entry on gradients.
 """
 

@@ -1,6 +1,6 @@
 """Gradient statistics equal the authors' functions on their tiny model, once as transformers' Llama, once as our decoder.
 
-Examples, sizes and the layers with full gradients are read from the vector file; nothing here knows how many there are. Sheet
+Examples, sizes and the layers with full gradients are read from the vector file; nothing here knows how many there are. Planned
 tolerances: loss 2e-5, spectral statistics 1e-4 relative, smallest singular values below full rank ≤ 1e-6, curve metrics 1e-4.
 """
 
@@ -203,7 +203,7 @@ def test_full_gradients(name: str, model: str) -> None:
 
 @cache
 def _groups() -> tuple[list[int], list[int]]:
-    """Which examples are A and B: the sheet's first two and next two, or the two halves, where there are more; whichever
+    """Which examples are A and B: the first two and next two, or the two halves, where there are more; whichever
     fits A's first curve. All other metrics then test the reading."""
     rows, half = list(range(len(_scored()))), len(_scored()) // 2
     readings = [(rows[:2], rows[2:4]), (rows[:half], rows[half:])]

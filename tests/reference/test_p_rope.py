@@ -1,6 +1,6 @@
 """Partial rotations equal the reference of the p-RoPE authors and of Hugging Face: frequencies, rotation, logits, heads.
 
-Cases, shares p and sizes are read from the vector file; nothing here knows how many there are. Sheet tolerances: 1e-5
+Cases, shares p and sizes are read from the vector file; nothing here knows how many there are. Planned tolerances: 1e-5
 (relative for frequencies, the slowest of which are smaller than that), and 1e-3 beyond position 1000, where angles of the
 reference, computed in fp32, are that far off.
 """

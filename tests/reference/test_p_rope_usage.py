@@ -1,6 +1,6 @@
-"""Frequency usage and the constructed heads equal the vectors of p-RoPE's sheet: every `usage/*` and `head/*` entry.
+"""Frequency usage and the constructed heads equal the reference vectors of p-RoPE: every `usage/*` and `head/*` entry.
 
-Sizes, amplitudes and lengths are read from the file. Tolerance of the sheet: 1e-5.
+Sizes, amplitudes and lengths are read from the file. Planned tolerance: 1e-5.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Distance scores, parts of logits and ablations equal the vectors of the sheet: every entry of the file that is no input.
+"""Distance scores, parts of logits and ablations equal the reference vectors: every entry of the file that is no input.
 
-Sizes, heads and thresholds are read from the file's configuration. Tolerance of the sheet: 1e-5, relative to the largest entry.
+Sizes, heads and thresholds are read from the file's configuration. Planned tolerance: 1e-5, relative to the largest entry.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Anisotropy, spectra, the factored head under the chunked loss, and n-gram ranks equal their definitions in fp64.
 
 Cases are found by name in the vector file (an0, an1, … sp0 … head0 … ng0 …); nothing here knows how many there are or how
-large. Sheet tolerances: 1e-5 relative, 1e-4 of the largest entry on gradients.
+large. Planned tolerances: 1e-5 relative, 1e-4 of the largest entry on gradients.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import pytest
 
 from torchstone.lab.matching import training_flops
 from torchstone.lab.runner import RunOptions, run_study
+from torchstone.objectives.belief_pairs import pairs_of
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.studies.belief_state_transformer import BeliefStateTransformer
@@ -26,9 +27,21 @@ def test_arms_spend_equal_flops(scale: str) -> None:
     spent = {name: training_flops(recipe) for name, recipe in found.items()}
     assert spent["next-token"] == pytest.approx(spent["belief-state"], rel=0.005)
     assert spent["no-prev"] == pytest.approx(spent["belief-state"], rel=0.005)
-    assert spent["empty-suffix"] == pytest.approx(spent["belief-state"], rel=0.005)
+    assert spent["empty-suffix"] > spent["belief-state"]
+    assert found["empty-suffix"].budget.steps == found["belief-state"].budget.steps
     assert spent["infill.plain"] == pytest.approx(spent["infill.fim"], rel=0.005)
-    assert spent["infill.belief-state"] == pytest.approx(spent["infill.fim"], rel=0.01)
+
+
+@every_scale
+def test_infilling_arms_are_matched_with_the_pairs_of_real_rows(scale: str) -> None:
+    found = recipes(scale)
+    recipe, length = found["infill.belief-state"], found["infill.belief-state"].data.sequence_length()
+    model, rule = recipe.model.skeleton(recipe.data.vocabulary(), length), recipe.objective.build().rule
+    batches = [recipe.data.build(None).batch(3, step, 32).tokens_bt for step in range(4)]
+    pairs = sum(len(pairs_of(tokens_bt, model.end_token, rule)) for tokens_bt in batches) / 128
+    unseen = 3 * (pairs - rule.per_row(length) * rule.rate) * model.head.pair_flops()
+    real = training_flops(recipe) + unseen * recipe.batch.sequences * recipe.budget.steps
+    assert real == pytest.approx(training_flops(found["infill.fim"]), rel=0.02)
 
 
 @every_scale

@@ -30,13 +30,27 @@ def grow(
     tau: Annotated[
         str | None, typer.Option(help="Scale of the scores: fixed (default) or following (the root of the tokens).")
     ] = None,
-    freeze_old: Annotated[bool, typer.Option("--freeze-old", help="Train the new tokens only.")] = False,
+    freeze_old: Annotated[
+        bool,
+        typer.Option(
+            "--freeze-old",
+            help="Keep the old tokens of the layers that grow as they are; the new ones and all other parameters are trained.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the random values.")] = 0,
     step: Annotated[int | None, typer.Option(help="Checkpoint of this step; default: the newest.")] = None,
+    until: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Step at which the grown run ends, those before growth counted. Default: where the run was to end.",
+        ),
+    ] = None,
 ) -> None:
     """Append parameter tokens to a trained run (TokenFormer), or hidden units, keeping what it has learned.
 
-    Train on with: torchstone train DIR/recipe.yaml budget.steps=N --out DIR
+    The grown run's budget is in steps, those of the run before growth included. Train on with:
+    torchstone train DIR/recipe.yaml --out DIR, and budget.steps=N for another end.
 
     Example: torchstone grow runs/small --factor 2 --out runs/grown
     """
@@ -45,12 +59,27 @@ def grow(
 
     given = {"tokens": tokens, "keys": keys, "values": values, "tau": tau, "freeze_old": freeze_old or None}
     plan = _plan(widen, factor, {name: value for name, value in given.items() if value is not None}, seed)
-    report = grow_run(run, out, plan, step=step)
+    report = grow_run(run, out, plan, step=step, until=until)
     for line in report.lines():
         typer.echo(safe_text(line))
-    typer.echo(safe_text(f"{'run':<18}{out}; train on: torchstone train {out}/recipe.yaml budget.steps=N --out {out}"))
+    for line in _next(out):
+        typer.echo(safe_text(line))
     if report.warning:
         typer.echo(f"warning: {report.warning}", err=True)
+
+
+def _next(out: Path) -> list[str]:
+    """Where the grown run stands, and the command that trains it on."""
+    from torchstone.recipe.load import load_recipe
+    from torchstone.train.budget import steps_of
+    from torchstone.train.checkpoint import CheckpointStore
+
+    done, planned = CheckpointStore(out / "checkpoints").latest(), steps_of(load_recipe(out / "recipe.yaml"))
+    assert done is not None
+    left = planned > done
+    command = f"torchstone train {out}/recipe.yaml{'' if left else ' budget.steps=N'} --out {out}"
+    more = "budget.steps=N sets another end" if left else f"give N above {done}, the budget is spent"
+    return [f"{'run':<18}{out}; step {done:,} of {planned:,}", f"{'train on':<18}{command} ({more})"]
 
 
 def _plan(widen: bool, factor: float | None, given: dict[str, object], seed: int) -> Plan:

@@ -37,12 +37,13 @@ def show(file: RecipeFile, overrides: Overrides = None) -> None:
 
 @recipe.command("check")
 def check(file: RecipeFile, overrides: Overrides = None) -> None:
-    """Check a recipe without training: every key, every kind, that the model can be built, and its decay."""
+    """Check a recipe without training: every key, every kind, that the model can be built, its decay, and its stages."""
     from torchstone.recipe.load import load_recipe
-    from torchstone.train.budget import counts_of, groups_of
+    from torchstone.train.budget import counts_of, groups_of, phases_of
 
     loaded = load_recipe(file, overrides or [])
     parameters = counts_of(loaded).parameters
+    phases_of(loaded)  # the schedule's stages fit the run
     groups_of(loaded)  # every parameter has its decay
     typer.echo(f"{file} is a valid recipe: {loaded.model.kind}, {human(parameters)} parameters, {_budget(loaded)}.")
 

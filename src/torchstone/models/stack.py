@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchstone.errors import ConfigError
 from torchstone.nn.block import Block
 from torchstone.nn.context import BuildContext
 from torchstone.nn.span import Span
@@ -51,8 +52,17 @@ class Stack(nn.Module):
         self.norm = norm.build(contexts[0])  # type: ignore[attr-defined]
 
     def encode(self, x_btd: Tensor, span: Span, state: DecoderState | None = None) -> Tensor:
-        """Hidden states [b, t, d] after the final norm; `span` is opened, the state is advanced in place."""
+        """Hidden states [b, t, d] after the final norm; `span` is opened, the state is advanced in place.
+
+        Raises:
+            ConfigError: the state is of another number of layers or rows.
+        """
         if state is not None:
+            if len(state.layers) != len(self.blocks):
+                raise ConfigError(
+                    f"the decoding state is of {len(state.layers)} layers and there are {len(self.blocks)} here; make it with "
+                    "new_state of the same model."
+                )
             require_rows(state, x_btd.shape[0])
         for layer, block in enumerate(self.blocks):
             x_btd, _ = block(x_btd, span, None if state is None else state.layers[layer])

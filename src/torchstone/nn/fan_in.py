@@ -38,7 +38,7 @@ class FanInConfig(Part):
             elif value.dim() < 2:
                 value.zero_()
             else:
-                fan_in = value.shape[1:].numel()  # of an embedding: the width
+                fan_in = value.shape[-1]  # of an embedding: the width; experts are stacked, [e, o, i]
                 variance = (2 / depth if name in residual else 1.0) / fan_in
                 value.normal_(0.0, variance**0.5, generator=generator)
             parameter.copy_(value)

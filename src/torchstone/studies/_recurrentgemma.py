@@ -77,12 +77,12 @@ def text_numbers(trained: Trained) -> Probe:
 
 def losses_of(trained: Trained) -> Losses:
     """A function of (tokens [b, t], last) that gives the losses of the last targets."""
-    objective = trained.recipe.objective.build()
+    objective, model = trained.recipe.objective.build(), trained.model.to(device_class())
 
     @torch.no_grad()
     def losses(tokens_bt: Tensor, last: int) -> Tensor:
         batch = Batch(tokens_bt[:, :-1], tokens_bt[:, 1:]).to(device_class())
-        kept: Tensor = objective(trained.model, batch).per_token_bt[:, -last:]
+        kept: Tensor = objective(model, batch).per_token_bt[:, -last:]
         return kept.cpu()
 
     return losses
@@ -95,9 +95,9 @@ def task_numbers(trained: Trained) -> Probe:
         return Probe()
     reach = trained.cell.settings["task_depth"] * (trained.cell.settings["task_window"] - 1)
     beyond_t = (trained.data.distances() > reach).to(device_class())
-    objective = trained.recipe.objective.build()
+    objective, model = trained.recipe.objective.build(), trained.model.to(device_class())
     batches = (batch.to(device_class()) for batch in trained.data.evaluation(64, 256))
-    right = [objective(trained.model, batch).correct_bt[:, beyond_t].double().mean() for batch in batches]
+    right = [objective(model, batch).correct_bt[:, beyond_t].double().mean() for batch in batches]
     return Probe({"beyond_accuracy": float(torch.stack(right).mean())})
 
 

@@ -3,13 +3,14 @@
 The Belief State Transformer (Hu et al., arXiv 2410.23506) on the star graph: find the way from the centre to a goal, decoded
 greedily from "=". Guessing the arm gives 1/arms. Paths are drawn anew for every step, so that nothing repeats.
 
-All planning arms have the same forward encoder and spend the same training FLOPs, counted exactly (encoders on the tokens that
-they read, head on its pairs): steps make up for what an arm costs per token. Seconds are reported beside them; they are not
+All planning arms but one have the same forward encoder and spend the same training FLOPs, counted exactly (encoders on the tokens
+that they read, head on its pairs): steps make up for what an arm costs per token. Seconds are reported beside them; they are not
 what is matched, because they do not repeat. Controls:
 - `no-prev`: the pairs without the previous token's loss. Are both directions needed?
-- `empty-suffix`: the same model with the pair head, whose suffix is always empty. Is it the pairs, or the head? Its head also
-  works on tokens that are not scored, so it has three quarters of the steps.
-The paper calls the task solved or not. Here solved is 0.9 of held-out paths, and next tokens fail if they stay below 0.6 with
+- `empty-suffix`: the same model with the pair head, whose suffix is always empty. Is it the pairs, or the head? It has as many
+  steps as the pairs, and so more FLOPs, because its head also works on tokens that are not scored.
+The paper calls the task solved or not. Here solved is 0.9 of held-out paths; a table says how many seeds solve it. That is no
+claim, because seeds that all reach a ceiling have no interval against a number. Next tokens fail if they stay below 0.6 with
 two arms. An arm that stays within 0.1 of guessing has not left its plateau; the step at which it does is in a table.
 
 Infilling is measured on bytes of source code: the loss of the true middle given prefix and goal, against a decoder that reads
@@ -34,7 +35,7 @@ from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.studies import _belief_state_transformer as shown
 
-SOLVED, FAILED, GAIN, COST = 0.9, 0.6, 0.3, 0.1
+FAILED, GAIN, COST = 0.6, 0.3, 0.1
 BST, EMPTY = "belief-state", "empty-suffix"
 ROOM = {"piece": 96, "goal_min": 16, "goal_max": 32, "middle": 24, "rate": 0.01}
 
@@ -54,7 +55,6 @@ class BeliefStateTransformer(TrainingStudy):
     metrics = shown.METRICS
     claims = (
         plans("plans", "It finds far more paths than next-token training at equal FLOPs.", "next-token"),
-        plans("solves", "It solves the task.", ZERO, SOLVED),
         Claim("next-token-fails", "Next-token training does not solve it.", "path_accuracy", "next-token", ZERO, margin=FAILED),
         plans("pairs", "It is the pairs: with the empty suffix alone the same model finds far fewer.", EMPTY),
         plans("prev", "The previous token's loss is needed: without it far fewer paths are found.", "no-prev"),
@@ -96,12 +96,12 @@ class BeliefStateTransformer(TrainingStudy):
         for arm, note in notes.items():
             role = "arm" if arm == BST else "control"
             lines = shown.belief_state(s, arm)
-            steps = shown.matched(self.arm_recipe(scale, arm), reference).budget.steps
+            steps = s["steps"] if arm == EMPTY else shown.matched(self.arm_recipe(scale, arm), reference).budget.steps
             variants.append(Variant(arm, (*lines, f"budget.steps={steps}"), role, note))
         fim = load_recipe(self.base(scale), shown.text_lines(s, "fim"))
         for arm in ("fim", "plain", BST):
             lines = shown.text_lines(s, arm)
-            steps = shown.matched(load_recipe(self.base(scale), lines), fim).budget.steps
+            steps = shown.infilling_steps(load_recipe(self.base(scale), lines), fim)
             variants.append(
                 Variant(f"infill.{arm}", (*lines, f"budget.steps={steps}"), "arm" if arm == BST else "control")
             )

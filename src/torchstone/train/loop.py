@@ -5,7 +5,8 @@ The batch, the dropout stream and the schedule are functions of (seed, step), so
 weights, optimizer moments and counters, and resuming at step s is the same as never having stopped.
 
 Losses are summed over micro-batches and ranks and divided by the number of targets in the global batch, so that
-accumulation and world size change nothing but rounding.
+accumulation and world size change nothing but rounding where a step draws nothing. Dropout and a belief-state objective's
+`pair_rate` below 1 draw from a stream of each rank, one micro-batch after the other: other batch.micro, other world size, other draws.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from torchstone.data.batch import IGNORE, Batch
-from torchstone.errors import NonFiniteError
+from torchstone.errors import DataError, NonFiniteError
 from torchstone.models.counts import Counts
 from torchstone.recipe.schema import Recipe
 from torchstone.storage.hashing import fingerprint_of
@@ -128,12 +129,15 @@ class Trainer:
         losses of their own, which is not part of `loss`.
 
         Raises:
-            NonFiniteError: loss or gradient is not finite on any rank; nothing has been updated.
+            NonFiniteError: loss or gradient is not finite on any rank. DataError: the objective scores nothing in the
+                global batch. Nothing has been updated.
         """
         seed, step, sequences = self.recipe.seed, self.position.step, self.recipe.batch.sequences
         batches = [self.data.batch(seed, step, sequences, *rows) for rows in self.micro_rows()]
         targets = sum(self._targets(batch) for batch in batches)
         count = self.world.total(torch.tensor(float(targets), device=self.world.device))
+        if not float(count):
+            raise DataError(self._nothing_scored(step))
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, device=self.world.device)
         with dropout_stream(seed, step, self.world.rank, self.world.device):
@@ -176,6 +180,15 @@ class Trainer:
         """What the loss of a batch is divided by: its scored positions, unless the objective counts otherwise."""
         own = getattr(self.objective, "count_targets", None)
         return int((batch.targets_bt != IGNORE).sum()) if own is None else own(batch, self.model)
+
+    def _nothing_scored(self, step: int) -> str:
+        kind = self.recipe.objective.kind
+        return (
+            f"the objective {kind} scores nothing in the {self.recipe.batch.sequences} sequences of step {step}, so that there "
+            "is no loss. Check that its settings fit the data: the ids of special tokens (fim_token, end_token), least gaps and "
+            "context lengths, and whether the data writes what it looks for (fill-in-the-middle needs order: goal-first); or "
+            "raise batch.sequences."
+        )
 
     def _gradients(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.grad is not None]

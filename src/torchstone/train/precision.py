@@ -23,7 +23,7 @@ from torch import nn
 
 from torchstone.errors import ConfigError
 from torchstone.recipe.schema import Recipe
-from torchstone.train.budget import steps_of
+from torchstone.train.budget import data_of, steps_of
 from torchstone.train.module import TrainingModule
 
 WARM_STEPS, TIMED_STEPS = 2, 3
@@ -119,7 +119,7 @@ def _rows(recipe: Recipe) -> int:
 
 def _seconds(recipe: Recipe, compute: Compute, device: torch.device) -> tuple[float, float]:
     """Seconds of one forward and backward pass of a micro-batch, and what the first ones cost more (compiling)."""
-    data = recipe.data.build(None)
+    data = data_of(recipe)
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)
     step = compute.wrap(TrainingModule(model, recipe.objective.build()))
     batch = data.batch(recipe.seed, 0, recipe.batch.sequences, 0, _rows(recipe)).to(device)

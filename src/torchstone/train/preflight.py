@@ -4,11 +4,13 @@ schedule     its stages fit the run, and those that `data_phases` names are ther
 memory       the estimate of a step's memory against what the device has (an estimate: only a clear excess is refused)
 disk         room for the checkpoints that are kept and one more (`CheckpointStore.check_space`)
 sinks        dashboards that are asked for are installed
+tokens       ids that the objective looks for are those that the data writes
 """
 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import Any
 
 from torchstone.errors import ConfigError, DependencyError
 from torchstone.models.counts import OPTIMIZER_VALUES, Counts, Precision, memory_estimate
@@ -41,6 +43,22 @@ def check_run(recipe: Recipe, counts: Counts, world: World, store: CheckpointSto
     if world.leads:
         values = 1 + OPTIMIZER_VALUES.get(recipe.optimizer.kind, 2)
         store.check_space(4 * values * counts.parameters)
+
+
+def check_tokens(recipe: Recipe, data: Any) -> None:
+    """Raise ConfigError if the objective looks for other special tokens than those that the data writes.
+
+    Args:
+        recipe: complete recipe.
+        data: its source; those that write special tokens have the ids as `fim_token` and `end_token`.
+    """
+    for name in ("fim_token", "end_token"):
+        asked, written = getattr(recipe.objective, name, None), getattr(data, name, None)
+        if asked is not None and written is not None and asked != written:
+            raise ConfigError(
+                f"objective.{name} is {asked}, and this data writes {written} there: the objective would score other tokens "
+                f"than it says, or none; set objective.{name}={written}."
+            )
 
 
 def check_memory(recipe: Recipe, counts: Counts, rows: int, available: int, device: str) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from torchstone.errors import CheckpointError, ConfigError, DataError, InterruptedRun
+from torchstone.errors import BudgetError, CheckpointError, ConfigError, DataError, InterruptedRun
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
 from torchstone.storage.atomic import atomic_write
@@ -32,7 +32,7 @@ from torchstone.train.distributed import World, world
 from torchstone.train.events import AXES, METRICS, RunIdentity, Sink, make_sinks, read_history
 from torchstone.train.loop import Callback, Loop, Position, Trainer
 from torchstone.train.precision import Choice, Compute, measure_compute
-from torchstone.train.preflight import check_run
+from torchstone.train.preflight import check_run, check_tokens
 from torchstone.train.progress import Reporter, TrainingProgress
 from torchstone.train.record import RECIPE, RECORD, RunRecord, continue_run, read_record, start_run
 from torchstone.train.resume import training_environment
@@ -129,7 +129,9 @@ class _Run:
     def open(self, resume: bool, allow: Sequence[str], compute: Compute | None) -> None:
         """Check, build the data, and start the run's record or find that this call may continue it."""
         check_run(self.recipe, self.counts, self.world, self.store)
+        self._check_budget()
         self.data = self._build_data()
+        check_tokens(self.recipe, self.data)
         next(iter(self.data.evaluation(1, self.recipe.evaluation.sequences)))  # too little held-out data fails now
         there = (self.directory / RECORD).exists()
         stepped = bool(self.store.steps()) or (self.directory / METRICS).exists()
@@ -146,6 +148,16 @@ class _Run:
         self.record, changes = continue_run(self.directory, self.recipe, self.data.fingerprint, self.world, allow)
         for line in changes.lines():
             self._say(f"note: {line}")
+
+    def _check_budget(self) -> None:
+        """Raise BudgetError for a run that starts behind the end of its budget, as a grown one may."""
+        done = max(self.store.steps(), default=0)
+        if done >= self.steps and not read_history(self.directory)[0]["train"]["loss"]:
+            raise BudgetError(
+                f"{self.directory} stands at step {done} without a training step of its own on record, and its budget ends at "
+                f"step {self.steps}: there is nothing to train. A grown run counts the steps before growth too: give a budget "
+                f"that ends later, budget.steps=N with N above {done}. If {METRICS} was lost, restore it."
+            )
 
     def _build_data(self) -> Any:
         """The data source; the leading rank builds it, the others then open what it built."""

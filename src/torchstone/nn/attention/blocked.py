@@ -73,8 +73,8 @@ def _attention(
 ) -> list[Tensor]:
     """Output, then (with `keep`) the maps [n, rows, seen] of every block."""
     b, m, h, t, d = q.shape
-    q_ntd, k_ntd = q.reshape(-1, t, d), k.reshape(-1, t, d)
-    v_hte = v.reshape(b * h, t, -1)
+    q_ntd, k_ntd = q.flatten(0, 2), k.flatten(0, 2)
+    v_hte = v.flatten(0, 1)
     out = _empty_output(v)
     kept = []
     for rows in _blocks(t):
@@ -165,8 +165,8 @@ def _attention_backward(
 ) -> list[Tensor]:
     """Gradients of q, k, v; with λ, of λ at every [b, h, t]; with `bias_rows` (1 or b), of the bias."""
     b, m, h, t, d = q.shape
-    q_ntd, k_ntd = q.reshape(-1, t, d), k.reshape(-1, t, d)
-    v_hte, grad_hte = v.reshape(b * h, t, -1), grad.reshape(b * h, t, -1)
+    q_ntd, k_ntd = q.flatten(0, 2), k.flatten(0, 2)
+    v_hte, grad_hte = v.flatten(0, 1), grad.flatten(0, 1)
     grad_q = torch.empty_like(q_ntd)
     fine = torch.promote_types(q.dtype, torch.float32)
     grad_k, grad_v = torch.zeros_like(k_ntd), torch.zeros_like(v_hte)

@@ -20,22 +20,10 @@ from torchstone.nn.attention.differential_v1 import DifferentialV1, Pairing, sch
 from torchstone.nn.attention.differential_v2 import DifferentialV2
 from torchstone.nn.attention.heads import resolve_heads
 from torchstone.nn.attention.mixer import build_scores
+from torchstone.nn.attention.replacing import refuse_lost
 from torchstone.nn.context import BuildContext
 from torchstone.recipe.part import Part
 from torchstone.recipe.registry import part_field
-
-LACKING: dict[str, Any] = {
-    "qk_norm": False,
-    "output_norm": False,
-    "qkv_bias": False,
-    "output_bias": False,
-    "window_convention": "inclusive",
-}
-"""Settings of plain attention that this kind lacks, with the value that changes nothing."""
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower()
 
 
 class DifferentialConfig(Part):
@@ -76,14 +64,10 @@ class DifferentialConfig(Part):
         Raises:
             ConfigError: the replaced attention has a norm, a bias or a window that this kind lacks, which would be lost unseen.
         """
-        for name, neutral in LACKING.items():
-            value = previous.get(name, neutral)
-            if value != neutral:
-                raise ConfigError(
-                    f"the replaced attention has {name}: {_yaml(value)} and differential attention has no such setting; "
-                    f"set {name}: {_yaml(neutral)} in the recipe, so that the arms differ in one thing."
-                )
+        refuse_lost(cls, previous)
         kept = super().inherit(previous)
+        if previous["kind"] == "differential":
+            return kept
         for name in ("heads", "kv_heads"):
             count = kept.pop(name, None)
             if count is not None:

@@ -35,6 +35,7 @@ from torchstone.nn.attention.score_processor import ScoreProcessor
 from torchstone.nn.context import BuildContext
 from torchstone.nn.norm.rmsnorm import RMSNorm
 from torchstone.nn.position.base import Position
+from torchstone.nn.precision import kept_fine
 from torchstone.nn.project import project
 from torchstone.nn.span import Span
 from torchstone.nn.state import KVCache
@@ -105,7 +106,7 @@ class DifferentialV1(AttentionMixer):
         heads_bthe = self._normalise(heads_bthe).to(v_bte.dtype)
         if self.observation is not None:
             self.observation.heads = heads_bthe
-        return self.w_o(heads_bthe.flatten(2)), state
+        return self._written(self.w_o(heads_bthe.flatten(2)), span), state
 
     def lambda_value(self) -> Tensor:
         """λ, a scalar in fp32."""
@@ -131,13 +132,8 @@ class DifferentialV1(AttentionMixer):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Moves follow the module; a conversion to half precision does not reach λ's vectors."""
-        before = {name: getattr(self, name).detach() for name in LAMBDA_VECTORS}
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype.itemsize < 4:
-                new.data = old.to(new.device)
-        return self
+        with kept_fine(self, LAMBDA_VECTORS):
+            return super()._apply(fn, recurse)
 
 
 def _first_maps_first(x_btud: Tensor) -> Tensor:

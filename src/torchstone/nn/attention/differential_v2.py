@@ -84,7 +84,7 @@ class DifferentialV2(AttentionMixer):
         heads_bthd = self._attend(q_btud, k_btgd, v_btgd, span, state, difference).to(v_btgd.dtype)
         if self.observation is not None:
             self.observation.heads = heads_bthd
-        return self.w_o(heads_bthd.flatten(2)), state
+        return self._written(self.w_o(heads_bthd.flatten(2)), span), state
 
     def diagnostics(self) -> dict[str, float]:
         """Mean λ over the tokens and heads of the last forward pass; nothing before the first."""

@@ -21,6 +21,7 @@ from pydantic import Field
 from torchstone.errors import ConfigError
 from torchstone.nn.attention.heads import resolve_heads
 from torchstone.nn.attention.multihead import MultiHeadAttention, WindowConvention, keys_in_window
+from torchstone.nn.attention.replacing import refuse_lost
 from torchstone.nn.context import BuildContext
 from torchstone.nn.position.base import PositionContext
 from torchstone.recipe.part import Part
@@ -48,7 +49,14 @@ class LocalAttentionConfig(Part):
 
     @classmethod
     def inherit(cls, previous: Mapping[str, Any]) -> dict[str, Any]:
-        """Heads, and a window if there is one: the rest is what makes this kind what it is."""
+        """Heads, and a window if there is one: the rest is what makes this kind what it is.
+
+        Raises:
+            ConfigError: the replaced attention has a norm, a bias, dropout or a score processor, which would be lost unseen.
+        """
+        if previous["kind"] == "local-attention":
+            return super().inherit(previous)
+        refuse_lost(cls, previous)
         kept = {name: previous.get(name) for name in ("heads", "head_dim", "window")}
         if kept["window"] is not None:
             kept["window_convention"] = previous.get("window_convention", "inclusive")

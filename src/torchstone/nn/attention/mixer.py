@@ -101,6 +101,10 @@ class AttentionMixer(Observable):
         """Weights that write into the residual stream."""
         return matrices(self, "w_o")
 
+    def _written(self, y_btd: Tensor, span: Span) -> Tensor:
+        """What goes into the residual stream: 0 for padding, whatever a bias or a projection makes of its zeros."""
+        return y_btd if span.valid_bt is None else y_btd.masked_fill(~span.valid_bt.unsqueeze(-1), 0.0)
+
     def _attend(
         self,
         q_btud: Tensor,

@@ -66,7 +66,7 @@ class MultiHeadAttention(AttentionMixer):
         self.q_norm = RMSNorm(heads.dim) if qk_norm else None
         self.k_norm = RMSNorm(heads.dim) if qk_norm else None
         self.output_norm = RMSNorm(heads.dim, eps=1e-5) if output_norm else None
-        self.head_dim, self.output_bias = heads.dim, output_bias
+        self.head_dim = heads.dim
 
     def forward(self, x_btd: Tensor, span: Span, state: KVCache | None = None) -> tuple[Tensor, KVCache | None]:
         """Mixed tokens [b, t, width] and the state, advanced by t tokens."""
@@ -83,14 +83,7 @@ class MultiHeadAttention(AttentionMixer):
             heads_bthd = self.output_norm(heads_bthd)
         if self.observation is not None:
             self.observation.heads = heads_bthd
-        return self._output(heads_bthd, span), state
-
-    def _output(self, heads_bthd: Tensor, span: Span) -> Tensor:
-        """What is written into the residual stream; a bias does not reach padding, which takes no part."""
-        out_btd: Tensor = self.w_o(heads_bthd.flatten(2))
-        if span.valid_bt is None or not self.output_bias:
-            return out_btd
-        return out_btd.masked_fill(~span.valid_bt[..., None], 0.0)
+        return self._written(self.w_o(heads_bthd.flatten(2)), span), state
 
 
 class AttentionConfig(Part):

@@ -30,10 +30,9 @@ def step_attention(
     bias: ScoreBias | None,
 ) -> Tensor:
     """Outputs [b, h, 1, e]; arguments as of `nn.attention.core.attend`, with one query."""
-    rows, maps = q_bu1d.shape[:2]
     fine = torch.promote_types(q_bu1d.dtype, torch.float32)
-    q_bgrd = (q_bu1d * scale).reshape(rows, k_bgsd.shape[1], -1, q_bu1d.shape[-1])
-    scores_bu1s = (q_bgrd @ k_bgsd.transpose(-2, -1)).to(fine).reshape(rows, maps, 1, -1)
+    q_bgrd = (q_bu1d * scale).unflatten(1, (k_bgsd.shape[1], -1)).flatten(2, 3)
+    scores_bu1s = (q_bgrd @ k_bgsd.transpose(-2, -1)).to(fine).flatten(1, 2).unsqueeze(2)
     if bias is not None:
         whole = bias.whole()
         scores_bu1s = scores_bu1s + (whole if difference is None else difference.share(whole))
@@ -41,6 +40,6 @@ def step_attention(
         scores_bu1s = scores_bu1s.masked_fill(~mask.allowed_b1ts, -torch.inf)
     maps_bu1s = scores_bu1s.softmax(dim=-1)
     weights_bh1s = maps_bu1s if difference is None else difference.subtract(maps_bu1s)
-    weights_bgrs = weights_bh1s.to(v_bgse.dtype).reshape(rows, v_bgse.shape[1], -1, weights_bh1s.shape[-1])
-    out_bh1e = (weights_bgrs @ v_bgse).reshape(rows, -1, 1, v_bgse.shape[-1])
+    weights_bgrs = weights_bh1s.to(v_bgse.dtype).unflatten(1, (v_bgse.shape[1], -1)).flatten(2, 3)
+    out_bh1e = (weights_bgrs @ v_bgse).flatten(1, 2).unsqueeze(2)
     return mask.clear_empty(out_bh1e)

@@ -69,7 +69,7 @@ def statistics(routing: Routing, valid_n: Tensor | None) -> Statistics:
 def masked_mean(values_n: Tensor, valid_n: Tensor | None) -> Tensor:
     """Mean over the first dimension of what is valid; 0 if nothing is."""
     if valid_n is None:
-        return values_n.mean(0)
+        return values_n.mean(0) if values_n.shape[0] else values_n.sum(0)
     weight_n = valid_n.to(values_n.dtype)
     total = (values_n * weight_n.view(-1, *[1] * (values_n.dim() - 1))).sum(0)
     return total / weight_n.sum().clamp_min(1.0)

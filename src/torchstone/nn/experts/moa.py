@@ -20,17 +20,20 @@ Where positions bias scores (ALiBi, Kerple), a head's bias therefore belongs to 
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from torchstone.errors import ConfigError
+from torchstone.nn.attention.heads import resolve_heads
 from torchstone.nn.attention.mixer import AttentionMixer
+from torchstone.nn.attention.replacing import refuse_lost
 from torchstone.nn.context import BuildContext
 from torchstone.nn.experts.dispatch import DISPATCHES, Dispatch
-from torchstone.nn.experts.router import RoutedPart, Router, without_padding
+from torchstone.nn.experts.router import RoutedPart, Router
 from torchstone.nn.position.base import PositionContext
 from torchstone.nn.project import project, roles
 from torchstone.nn.roles import Roles
@@ -80,7 +83,7 @@ class MixtureOfAttentionHeads(AttentionMixer):
         y_btd = dispatch.combine(rows_md, routing.gates_nk).view(x_btd.shape)
         if self.bias is not None:
             y_btd = y_btd + self.bias.to(y_btd.dtype)
-        return without_padding(y_btd, span), state
+        return self._written(y_btd, span), state
 
     def flops(self, length: int) -> float:
         """Forward FLOPs per token: router, keys and values, the experts that a token uses, maps in full."""
@@ -123,32 +126,43 @@ class MoAConfig(RoutedPart):
         gt=0,
         description="key-value heads, and query heads of an expert; null: heads, or width/head_dim, over top_k",
     )
-    head_dim: int | None = Field(default=None, gt=0, description="channels per head; null: the model's head_dim")
+    head_dim: int | None = Field(
+        default=None, gt=0, description="channels per head; null: width / heads, or the model's head_dim"
+    )
     window: int | None = Field(default=None, gt=0, description="sliding window in tokens; null: the whole past")
     position: part_field("position") = {"kind": "rotary"}  # type: ignore[valid-type]
 
+    @classmethod
+    def inherit(cls, previous: Mapping[str, Any]) -> dict[str, Any]:
+        """What attention has too; its `output_bias` is `bias` here, which is on unless it is set.
+
+        Raises:
+            ConfigError: the replaced attention has a setting that this kind lacks, which would be lost unseen.
+        """
+        refuse_lost(cls, previous, kept=("output_bias",))
+        return super().inherit(previous)
+
     def build(self, context: BuildContext) -> MixtureOfAttentionHeads:
         """The module; raises ConfigError where head counts do not fit."""
-        head_dim = context.head_dim if self.head_dim is None else self.head_dim
-        return MixtureOfAttentionHeads(context, self, self._kv_heads(context.width, head_dim), head_dim)
-
-    def _kv_heads(self, width: int, head_dim: int) -> int:
         if self.kv_heads is not None:
-            if self.heads is not None and self.heads != self.top_k * self.kv_heads:
+            kv_heads, head_dim = self.kv_heads, self._head_dim_beside(self.kv_heads, context)
+        else:
+            heads = resolve_heads("moa", context, self.heads, None, self.head_dim)
+            if heads.query % self.top_k:
                 raise ConfigError(
-                    f"moa: heads is {self.heads}, and top_k {self.top_k} × kv_heads {self.kv_heads} = "
-                    f"{self.top_k * self.kv_heads}; a token has kv_heads query heads for each of its experts: change one of "
-                    "them, or leave out heads."
+                    f"moa: {heads.query} query heads are no multiple of top_k {self.top_k}; change one, or give kv_heads, the "
+                    "query heads of one expert."
                 )
-            return self.kv_heads
-        heads = self.heads or width // head_dim
-        if self.heads is None and width % head_dim:
+            kv_heads, head_dim = heads.query // self.top_k, heads.dim
+        return MixtureOfAttentionHeads(context, self, kv_heads, head_dim)
+
+    def _head_dim_beside(self, kv_heads: int, context: BuildContext) -> int:
+        """Channels of a head where kv_heads is given: more or fewer heads than the model's, of the model's size."""
+        if self.heads is None:
+            return context.head_dim if self.head_dim is None else self.head_dim
+        if self.heads != self.top_k * kv_heads:
             raise ConfigError(
-                f"moa: width {width} is no multiple of head_dim {head_dim}; change one, or give kv_heads."
+                f"moa: heads is {self.heads}, and top_k {self.top_k} × kv_heads {kv_heads} = {self.top_k * kv_heads}; a token "
+                "has kv_heads query heads for each of its experts: change one of them, or leave out heads."
             )
-        if heads % self.top_k:
-            raise ConfigError(
-                f"moa: {heads} query heads are no multiple of top_k {self.top_k}; change one, or give kv_heads, the query heads "
-                "of one expert."
-            )
-        return heads // self.top_k
+        return resolve_heads("moa", context, self.heads, kv_heads, self.head_dim).dim

@@ -13,8 +13,10 @@ One operator with a gradient of its own, opaque to `torch.compile`, and three wa
   nothing on a CPU.
 - CUDA, bf16, capability 9.0 or later, sizes that are multiples of 8: torch's grouped product. One kernel, no host
   synchronisation.
-- CUDA otherwise: rows are scattered into [e, m, i] and multiplied as a batch, without synchronisation too, at e times the
-  work. A way of being right, not of being fast.
+- CUDA otherwise: rows are scattered into [e, m, i] and multiplied as a batch into [e, m, o], without synchronisation too, at e
+  times the work and e times the memory of the rows: how many rows an expert has is known on the GPU alone, so that there is room
+  for all m of them at each. The gradient of the matrices pads inputs and gradients alike. A way of being right, not of being
+  fast, and for small batches and few experts.
 
 Pitfall: torch's grouped product left gradients of empty experts undefined on some GPUs (pytorch issue 172439); they are set to
 zero here.
@@ -118,13 +120,13 @@ def grouped_outer(grad_mo: Tensor, x_mi: Tensor, ends_e: Tensor) -> Tensor:
 
 
 def padded_product(x_mi: Tensor, weight_eoi: Tensor, ends_e: Tensor) -> Tensor:
-    """The product as a batch over experts."""
+    """The product as a batch over experts; [e, m, i] and [e, m, o] are in memory at once."""
     place = _places(x_mi, ends_e)
     return (_padded(x_mi, place, ends_e) @ weight_eoi.transpose(1, 2))[place]
 
 
 def padded_outer(grad_mo: Tensor, x_mi: Tensor, ends_e: Tensor) -> Tensor:
-    """The gradient of the matrices as a batch over experts."""
+    """The gradient of the matrices as a batch over experts; [e, m, o] and [e, m, i] are in memory at once."""
     place = _places(x_mi, ends_e)
     return _padded(grad_mo, place, ends_e).transpose(1, 2) @ _padded(x_mi, place, ends_e)
 

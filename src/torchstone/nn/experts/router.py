@@ -135,8 +135,3 @@ class Router(Fine):
 def valid_tokens(x_btd: Tensor, span: Span) -> Tensor | None:
     """bool [n], False for padding; None where there is none."""
     return None if span.valid_bt is None else span.valid_bt.expand(x_btd.shape[:2]).flatten()
-
-
-def without_padding(y_btd: Tensor, span: Span) -> Tensor:
-    """Zeros for padding."""
-    return y_btd if span.valid_bt is None else y_btd.masked_fill(~span.valid_bt.unsqueeze(-1), 0.0)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
 from torchstone.nn.experts.dispatch import DISPATCHES, Dispatch
-from torchstone.nn.experts.router import RoutedPart, Router, without_padding
+from torchstone.nn.experts.router import RoutedPart, Router
 from torchstone.nn.roles import Roles
 from torchstone.nn.span import Span
 
@@ -59,7 +59,7 @@ class SMoE(nn.Module):
         y_btd = dispatch.combine(rows_md, routing.gates_nk).view(x_btd.shape)
         if self.bias is not None:
             y_btd = y_btd + self.bias.to(y_btd.dtype)
-        return without_padding(y_btd, span)
+        return y_btd if span.valid_bt is None else y_btd.masked_fill(~span.valid_bt.unsqueeze(-1), 0.0)
 
     def flops(self) -> float:
         """Forward FLOPs per token: the router and the experts that a token uses."""

@@ -18,7 +18,8 @@ Shapes: n parameter tokens · d inputs · e outputs; leading dimensions are free
 Pitfalls: the global scale of K has no effect on the function under l2-norm-gelu, only on its gradient. ‖A‖ is taken in fp32
 (fp64 for fp64 input), and ε makes a row of zeros give zeros. There is no 1/√d. A bias that the layer around asks for (q, k
 and v biases of attention) is added to the output; TokenFormer itself has none. Frozen rows (`frozen_…_tokens`) are
-parameters of their own without gradient, so that neither updates nor weight decay reach them.
+parameters of their own without gradient, so that neither updates nor weight decay reach them. l2-norm-gelu has no second
+derivative: taking its gradient with `create_graph` raises ConfigError, whether or not the graph is then used.
 """
 
 from __future__ import annotations
@@ -30,9 +31,8 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from torchstone.errors import ConfigError
 from torchstone.nn.context import BuildContext, Use
@@ -41,6 +41,13 @@ from torchstone.recipe.part import Part
 NormMode = Literal["l2-norm-gelu", "gelu-l2-norm", "softmax", "none"]
 APPROXIMATE = {"exact": "none", "tanh": "tanh"}
 KEY_STD = 0.02
+UNUSED: dict[str, tuple[str, ...]] = {
+    "l2-norm-gelu": (),
+    "gelu-l2-norm": (),
+    "softmax": ("gelu", "eps"),
+    "none": ("tau", "eps"),
+}
+"""Settings that a mode does not use."""
 BLOCK = 1 << 17  # products of a block on the CPU, 128 KiB in fp32: below what an allocator asks the system for
 
 
@@ -65,11 +72,15 @@ class NormThenGelu(torch.autograd.Function):
         return F.gelu(scores_n, approximate=approximate), scores_n
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient_n: Tensor | None, _: None) -> tuple[Tensor | None, None, None, None]:
         """Gradient of the scores."""
         if gradient_n is None:
             return None, None, None, None
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "pattention under norm_mode l2-norm-gelu has no second derivative, and its gradient was taken with create_graph; "
+                "take it without, or choose another norm_mode."
+            )
         normed_n, scale_1, tau = ctx.saved_tensors
         u_n = torch.ops.aten.gelu_backward(gradient_n, normed_n, approximate=ctx.approximate)
         along_1 = _row_products(u_n, normed_n, scale_1.dtype) / tau.to(scale_1.dtype).square()
@@ -91,9 +102,24 @@ class PattentionSettings(Part):
     """What the projection and the feed-forward of this kind share."""
 
     norm_mode: NormMode = Field(default="l2-norm-gelu", description="how scores become weights of the values")
-    gelu: Literal["exact", "tanh"] = Field(default="exact", description="GELU by the error function, or its tanh form")
-    tau: float | None = Field(default=None, gt=0, description="scale τ of a new layer; null: √n")
-    eps: float = Field(default=1e-8, gt=0, description="added to the sum of squares over the parameter tokens")
+    gelu: Literal["exact", "tanh"] = Field(
+        default="exact", description="GELU by the error function, or its tanh form; softmax has none"
+    )
+    tau: float | None = Field(default=None, gt=0, description="scale τ of a new layer; null: √n; none has no scale")
+    eps: float = Field(
+        default=1e-8, gt=0, description="added to the sum of squares over the parameter tokens; for the l2-norm modes"
+    )
+
+    @model_validator(mode="after")
+    def _has_effect(self) -> PattentionSettings:
+        for name in UNUSED[self.norm_mode]:
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"norm_mode {self.norm_mode} does not use {name}, and {value} was given; remove it, or choose another "
+                    "norm_mode."
+                )
+        return self
 
 
 class Pattention(nn.Module):
@@ -233,12 +259,15 @@ class PattentionConfig(PattentionSettings):
     feedforward_tokens: int | None = Field(
         default=None,
         gt=0,
-        description="parameter tokens of each map of a feed-forward with maps of its own; null: the model's width",
+        description="parameter tokens of each map of an mlp, swiglu or geglu feed-forward; null: the model's width; no effect "
+        "beside feedforward smoe or pattention, which have sizes of their own",
     )
     frozen_input_tokens: int = Field(default=0, ge=0, description="first tokens of maps into a mixer, not trained")
     frozen_output_tokens: int = Field(default=0, ge=0, description="first tokens of maps out of a mixer, not trained")
     frozen_feedforward_tokens: int = Field(
-        default=0, ge=0, description="first tokens of feed-forward maps, not trained"
+        default=0,
+        ge=0,
+        description="first tokens of feed-forward maps, not trained; no effect beside smoe or pattention",
     )
 
     def build(self, context: BuildContext, inputs: int, outputs: int, use: Use, bias: bool) -> Pattention:

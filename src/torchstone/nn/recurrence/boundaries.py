@@ -54,7 +54,7 @@ def boundaries(span: Span, batch: int, length: int, state: RecurrentState | None
         segments_bt = span.segments()
         if segments_bt is None:
             return _plain(batch, length, before_b, device)
-        return _segmented(segments_bt, before_b)
+        return _segmented(segments_bt.expand(batch, -1), before_b)
 
     # layers of one pass agree: their states have seen the same tokens
     return span.once(("boundaries", batch, length, seen, device), make)
@@ -86,15 +86,21 @@ def _segmented(segments_bt: Tensor, before_b: Tensor | None) -> Boundaries:
 
 
 def _check_positions(span: Span) -> None:
-    """Raise ConfigError if positions restart and nothing says where documents are."""
+    """Raise ConfigError if a visible token's position is not above those before it and nothing says where documents are.
+
+    Not asked while a compiler traces, because the answer depends on values: such positions pass unnoticed there.
+    """
     positions_bt = span.positions_bt
     if positions_bt is None or span.documents_bt is not None or torch.compiler.is_compiling():
         return
     if positions_bt.shape[-1] < 2 or positions_bt.device.type == "meta":
         return
-    restarts_bt = positions_bt[..., 1:] <= positions_bt[..., :-1]
-    if span.valid_bt is not None:
-        restarts_bt = restarts_bt & span.valid_bt[..., :-1]
+    if span.valid_bt is None:
+        restarts_bt = positions_bt[..., 1:] <= positions_bt[..., :-1]
+    else:
+        seen_bt = torch.where(span.valid_bt, positions_bt, torch.iinfo(positions_bt.dtype).min)
+        highest_bt = seen_bt.cummax(dim=-1).values
+        restarts_bt = span.valid_bt[..., 1:] & (seen_bt[..., 1:] <= highest_bt[..., :-1])
     if bool(restarts_bt.any()):
         raise ConfigError(
             "positions restart within a row and no documents are given; a recurrent mixer would carry its state from one "

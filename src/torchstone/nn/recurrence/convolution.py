@@ -125,15 +125,16 @@ def _reach(limits: Boundaries, taps: int, padded: bool) -> Reach:
 
 
 class _Taps(torch.autograd.Function):
-    """The sum over taps of [b, p, d], accumulated in place in both directions (a third of autograd's time)."""
+    """The sum over taps of [b, p, d], accumulated in place in both directions (a third of autograd's time), in fp32 or finer."""
 
     @staticmethod
     def forward(ctx: Any, past_bpd: Tensor, weight_wd: Tensor, bias_d: Tensor, *keep: Tensor) -> Tensor:
         """Outputs [b, t, d] in the type of the inputs."""
         ctx.save_for_backward(past_bpd, weight_wd, *keep)
-        taps = weight_wd.shape[0]
+        fine = torch.promote_types(weight_wd.dtype, torch.float32)
+        weight_wd, taps = weight_wd.to(fine), weight_wd.shape[0]
         length = past_bpd.shape[1] - taps + 1
-        out_btd = torch.addcmul(bias_d, weight_wd[-1], past_bpd[:, taps - 1 :])
+        out_btd = torch.addcmul(bias_d.to(fine), weight_wd[-1], past_bpd[:, taps - 1 :])
         for back in range(1, taps):
             z_btd = past_bpd[:, taps - 1 - back :][:, :length]
             out_btd.addcmul_(weight_wd[-1 - back], z_btd * keep[back - 1] if keep else z_btd)

@@ -60,7 +60,7 @@ def gated_linear_attention(
         g_bthk: log gates, at most 0; −∞ empties a row of the state.
         state_bhkv: state before the first token; None for an empty one.
         scale: factor of the outputs; None: k^(−1/2).
-        chunk: tokens of a chunk, a power of two; None: what suits the key channels (`chunk_of`).
+        chunk: most tokens of a chunk, a power of two; None: what suits the key channels (`chunk_of`).
         starts_bt: bool, b or 1 rows; True where the state must be empty before the token.
     """
     tensors, scale = _prepared(q_bthk, k_bthk, v_bthv, g_bthk, state_bhkv, scale)
@@ -104,7 +104,7 @@ def _prepared(
 
 
 def chunk_of(length: int, keys: int, chunk: int | None = None) -> int:
-    """Tokens of a chunk for rows of this length.
+    """Tokens of a chunk for rows of this length, at most `chunk` where that is given.
 
     Work per token grows with the chunk and, through the states in between, with keys / chunk: they balance near
     chunk = keys. A chunk is halved as long as it would pad a row by more than an eighth.
@@ -214,7 +214,8 @@ def _folded(x_bthk: Tensor, chunk: int) -> Tensor:
 
 def _unfolded(x_pck: Tensor, b: int, t: int, h: int) -> Tensor:
     """[b, t, h, k] without the padding."""
-    return x_pck.view(b, h, -1, x_pck.shape[-1])[:, :, :t].transpose(1, 2).contiguous()
+    _, chunk, size = x_pck.shape
+    return x_pck.view(b, h, t + -t % chunk, size)[:, :, :t].transpose(1, 2).contiguous()
 
 
 class _Pair(NamedTuple):
@@ -272,17 +273,21 @@ def _mixed(weights_mss: Tensor, x_msk: Tensor) -> Tensor:
     return mixed_msk
 
 
-def _walk(write_pkv: Tensor, decay_pk1: Tensor, start_bhkv: Tensor, backwards: bool = False) -> tuple[Tensor, Tensor]:
+def _walk(
+    write_pkv: Tensor, decay_pk1: Tensor, start_bhkv: Tensor, chunks: int, backwards: bool = False
+) -> tuple[Tensor, Tensor]:
     """States before every chunk [p, k, v] and after the last one, of state ← decay ⊙ state + write.
 
     Args:
+        write_pkv, decay_pk1, start_bhkv: what a chunk adds, what it leaves of the state, and the first state.
+        chunks: of a row.
         backwards: from the last chunk to the first, as gradients go.
     """
     start_rkv = start_bhkv.flatten(0, 1)
     rows, order = start_rkv.shape[0], -1 if backwards else 1
     before_pkv = torch.empty_like(write_pkv)
     write, decay, before = (
-        x.view(rows, -1, *x.shape[1:]).unbind(1)[::order] for x in (write_pkv, decay_pk1, before_pkv)
+        x.view(rows, chunks, *x.shape[1:]).unbind(1)[::order] for x in (write_pkv, decay_pk1, before_pkv)
     )
     before[0].copy_(start_rkv)
     for step in range(1, len(before)):
@@ -305,7 +310,7 @@ def forward(
     for pair in blocks.pairs():
         scores_mss = torch.bmm(pair.q_msk, pair.k_msk.mT)
         pair.second(o_pcv).add_(_mixed(scores_mss, pair.first(v_pcv)))
-    before_pkv, last_bhkv = _walk(torch.bmm(blocks.k_pck.mT, v_pcv), blocks.decay_m1k.mT, state)
+    before_pkv, last_bhkv = _walk(torch.bmm(blocks.k_pck.mT, v_pcv), blocks.decay_m1k.mT, state, -(-t // used))
     return _unfolded(torch.baddbmm(o_pcv, blocks.q_pck, before_pkv), b, t, h), last_bhkv
 
 
@@ -327,9 +332,9 @@ def backward(
     blocks = _Blocks(q_pck, k_pck, g_pck)
     f_pck = blocks.decay_m1k.view_as(g_pck)
     pairs = [pair._replace(q_msk=pair.q_msk.clone(), k_msk=pair.k_msk.clone()) for pair in blocks.pairs()]
-    decay_pk1 = blocks.decay_m1k.mT
-    before_pkv, _ = _walk(torch.bmm(blocks.k_pck.mT, v_pcv), decay_pk1, state)
-    by_after_pkv, by_state = _walk(torch.bmm(blocks.q_pck.mT, by_o_pcv), decay_pk1, by_last, backwards=True)
+    decay_pk1, chunks = blocks.decay_m1k.mT, -(-t // used)
+    before_pkv, _ = _walk(torch.bmm(blocks.k_pck.mT, v_pcv), decay_pk1, state, chunks)
+    by_after_pkv, by_state = _walk(torch.bmm(blocks.q_pck.mT, by_o_pcv), decay_pk1, by_last, chunks, backwards=True)
     by_q_pck = torch.bmm(by_o_pcv, before_pkv.mT)
     by_k_pck = torch.bmm(v_pcv, by_after_pkv.mT)
     by_v_pcv = torch.bmm(blocks.k_pck, by_after_pkv)

@@ -7,7 +7,8 @@ gates, state [n, h, k, v] of n sequences. A row with several documents becomes s
 `cu_seqlens`; only the first sequence of a row begins with the row's state, and only its last one hands a state on.
 
 Pitfalls: not yet run on GPU. Finding where documents start makes the host wait for the device. The kernels compute in the
-type of v and keep log gates and states in fp32, so that under bf16 they round more than our own form does.
+type of v and keep log gates and states in fp32, so that under bf16 they round more than our own form does. They have no
+fp64, and their tiles are at least 16 channels wide: `auto` leaves fp64 and narrower heads to our own form.
 """
 
 from __future__ import annotations
@@ -23,31 +24,35 @@ from torchstone.errors import ConfigError, DependencyError
 
 Backend = Literal["auto", "torch", "fla"]
 KERNELS = "fla.ops.gla"
-
-
-def installed() -> bool:
-    """Whether flash-linear-attention can be imported."""
-    return importlib.util.find_spec(KERNELS.partition(".")[0]) is not None
+INSTALLED = (
+    importlib.util.find_spec("fla") is not None
+)  # looked up once: a compiler cannot, and a forward pass need not
+NARROWEST = 16  # channels of a head that a tile of the kernels is filled by
 
 
 def require_installed() -> None:
     """Raise DependencyError if the kernels were asked for and are absent."""
-    if not installed():
+    if not INSTALLED:
         raise DependencyError(
             "backend fla needs flash-linear-attention, which is not installed; run: pip install 'torchstone[gpu]', or choose "
             "backend torch."
         )
 
 
-def use_kernels(backend: Backend, device: torch.device) -> bool:
-    """Whether tensors on this device go through the kernels.
+def use_kernels(backend: Backend, device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Whether values of this type, in heads of so many channels, go through the kernels.
 
     Raises:
-        ConfigError: they were asked for by name and the device is not CUDA.
+        ConfigError: they were asked for by name and the device is not CUDA, or the type is fp64.
     """
     if backend == "fla" and device.type != "cuda":
         raise ConfigError(f"backend fla runs on CUDA and the model is on {device.type}; choose backend auto or torch.")
-    return backend == "fla" or (backend == "auto" and device.type == "cuda" and installed())
+    if backend == "fla" and dtype == torch.float64:
+        raise ConfigError(
+            "backend fla computes in fp32 at best and the model is in fp64; choose backend auto or torch."
+        )
+    suited = device.type == "cuda" and dtype != torch.float64 and channels >= NARROWEST
+    return backend == "fla" or (backend == "auto" and suited and INSTALLED)
 
 
 def fla_gated_linear_attention(

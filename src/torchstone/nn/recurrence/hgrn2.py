@@ -24,12 +24,14 @@ Pitfalls
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from torchstone.errors import ConfigError
@@ -46,7 +48,7 @@ from torchstone.nn.recurrence.gated_linear_fla import (
     use_kernels,
 )
 from torchstone.nn.recurrence.lower_bounds import NAME, LowerBounds
-from torchstone.nn.recurrence.state import RecurrentState
+from torchstone.nn.recurrence.state import RecurrentState, require_tensors
 from torchstone.nn.roles import Roles
 from torchstone.nn.span import Span
 from torchstone.recipe.part import Part
@@ -77,13 +79,18 @@ class HGRN2Config(Part):
         default=None, gt=0, description="factor s of the outputs; null: E^(-1/2), or 1 in the unit"
     )
     chunk_size: int | None = Field(
-        default=None, gt=0, description="tokens computed together, a power of two; null: from E, 8 to 64"
+        default=None,
+        gt=0,
+        description="most tokens computed together, a power of two, halved down to 8 where it would pad a row by more than an "
+        "eighth; null: from E, 8 to 64. Of our own operator, which backend auto then uses",
     )
     mode: Mode = Field(
         default="auto", description="auto: chunks, and the recurrence for one token; or always one of them"
     )
     backend: Backend = Field(
-        default="auto", description="auto: flash-linear-attention on CUDA if installed, else torch"
+        default="auto",
+        description="auto: flash-linear-attention on CUDA if installed, not for fp64 or heads of fewer than 16 channels, else "
+        "torch",
     )
     norm_eps: float = Field(default=1e-6, gt=0, description="of the norm before the output projection")
 
@@ -102,6 +109,20 @@ class HGRN2Config(Part):
         if value is not None and value & (value - 1):
             raise ValueError(f"{value} tokens in a chunk; give a power of two, such as {1 << (value.bit_length() - 1)}")
         return value
+
+    @model_validator(mode="after")
+    def _all_heeded(self) -> HGRN2Config:
+        if self.mode == "recurrent" and (self.chunk_size is not None or self.backend == "fla"):
+            raise ValueError(
+                "mode recurrent goes token by token, without chunks or kernels; remove chunk_size and backend fla, or choose "
+                "mode auto."
+            )
+        if self.backend == "fla" and self.chunk_size is not None:
+            raise ValueError(
+                f"chunk_size {self.chunk_size} is a setting of our own operator, and the kernels of backend fla choose theirs; "
+                "remove chunk_size, or choose backend torch."
+            )
+        return self
 
     def build(self, context: BuildContext) -> HGRN2:
         """The module.
@@ -140,6 +161,9 @@ class HGRN2(nn.Module):
         config: settings.
         context: of the model.
         heads: a divisor of the model's width.
+
+    Attributes:
+        mean_key: mean of 1 − f over the visible tokens of the last parallel pass; None before the first.
     """
 
     def __init__(self, config: HGRN2Config, context: BuildContext, heads: int) -> None:
@@ -155,24 +179,25 @@ class HGRN2(nn.Module):
         self.w_o = context.linear(width, width, "output", bias=unit)
         learned = config.lower_bound == "learned" and context.layer > 0
         self._bounds = (_shared_bounds(context),) if learned else ()
-        self.mean_key: Tensor
-        self.register_buffer("mean_key", torch.empty(()), persistent=False)
+        if learned and context.shared is None:  # outside a model nobody else holds it
+            self.lower_bounds = self._bounds[0]
+        self.mean_key: Tensor | None = None
 
     def forward(
         self, x_btd: Tensor, span: Span, state: RecurrentState | None = None
     ) -> tuple[Tensor, RecurrentState | None]:
         """Mixed tokens [b, t, d], 0 for padding, and the state, advanced by t tokens."""
         batch, length = x_btd.shape[:2]
-        limits = boundaries(span, batch, length, state, x_btd.device)
         if state is not None:
-            self._check(state, batch)
+            require_tensors(state, "hgrn2", {"s": (batch, self.heads, self.ratio, self.ratio)}, fine=("s",))
             state.require_room(length)
+        limits = boundaries(span, batch, length, state, x_btd.device)
         q_btd, i_btd, k_btd, g_btd = self.gates(x_btd)
-        if state is None:
-            self.mean_key.copy_(k_btd.detach().mean())
         if not limits.plain and limits.valid_bt is not None:  # padding passes the state on: f = 1, k = 0
             padding_bt1 = ~limits.valid_bt[:, :, None]
             k_btd, g_btd = k_btd.masked_fill(padding_bt1, 0.0), g_btd.masked_fill(padding_bt1, 0.0)
+        if state is None:
+            self.mean_key = _mean(k_btd.detach(), limits.valid_bt)
         o_btd, last_bhkv = self._mix(q_btd, k_btd, i_btd, g_btd, limits, state)
         if state is not None:
             state.advance(length, limits.last_b, s=last_bhkv)
@@ -190,22 +215,23 @@ class HGRN2(nn.Module):
             q_btd = F.silu(q_btd)
         z_btd = z_btd.to(torch.promote_types(z_btd.dtype, torch.float32))
         k_btd, g_btd = torch.sigmoid(-z_btd), F.logsigmoid(z_btd)
-        bound = self.bound()
+        bound = self.bound(z_btd.device, z_btd.dtype)
         if bound is not None:
-            beta_d, rest_d = (value.to(z_btd.dtype) for value in bound)
+            beta_d, rest_d = bound
             k_btd, g_btd = rest_d * k_btd, torch.logaddexp(beta_d.log(), rest_d.log() + g_btd)
         return q_btd, i_btd, k_btd, g_btd
 
-    def bound(self) -> tuple[Tensor, Tensor] | None:
+    def bound(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """β and 1 − β; None where β is 0."""
         if self._bounds:
             beta_d, rest_d = self._bounds[0](self.layer)
-            return beta_d, rest_d
+            return beta_d.to(device, dtype), rest_d.to(device, dtype)
         number = self.config.lower_bound
         if isinstance(number, str) or number == 0:
             return None
-        beta_2 = torch.tensor([number, 1 - number], device=self.mean_key.device, dtype=torch.float64)
-        return beta_2[0], beta_2[1]
+        # filled in place on the device, which the host need not wait for
+        beta, rest = (torch.full((), value, device=device, dtype=dtype) for value in (number, 1 - number))
+        return beta, rest
 
     def _mix(
         self,
@@ -224,20 +250,11 @@ class HGRN2(nn.Module):
         q, k, i, g = (x.unflatten(-1, (self.heads, self.ratio)) for x in (q_btd, k_btd, i_btd, g_btd))
         if config.mode == "recurrent" or (config.mode == "auto" and q.shape[1] == 1):
             o_bthv, last_bhkv = gated_linear_recurrence(q, k, i, g, before_bhkv, self.scale, starts)
-        elif use_kernels(config.backend, q.device):
+        elif config.chunk_size is None and use_kernels(config.backend, i.device, i.dtype, self.ratio):
             o_bthv, last_bhkv = fla_gated_linear_attention(q, k, i, g, before_bhkv, self.scale, starts)
         else:
             o_bthv, last_bhkv = gated_linear_attention(q, k, i, g, before_bhkv, self.scale, config.chunk_size, starts)
         return o_bthv.flatten(2), last_bhkv
-
-    def _check(self, state: RecurrentState, batch: int) -> None:
-        given, due = state.tensors.get("s"), (batch, self.heads, self.ratio, self.ratio)
-        if given is None or tuple(given.shape) != due or given.dtype.itemsize < torch.float32.itemsize:
-            found = "none" if given is None else f"{tuple(given.shape)} in {str(given.dtype).removeprefix('torch.')}"
-            raise ConfigError(
-                f"the state of hgrn2 is a matrix per row and head, of shape {due} in fp32, and {found} was given; make it "
-                "with new_state of the same model, for as many rows."
-            )
 
     def new_state(self, batch: int, capacity: int, device: torch.device | str, dtype: torch.dtype) -> RecurrentState:
         """An empty state: `s` [b, h, k, v] in fp32 or finer. Its size is the same for any capacity."""
@@ -255,15 +272,19 @@ class HGRN2(nn.Module):
         return sum(map(layer_flops, layers)) + self.heads * core
 
     def diagnostics(self) -> dict[str, float]:
-        """Mean forget gate of the last parallel pass, the memory that goes with it in tokens, and the mean lower bound."""
-        key = float(self.mean_key)
-        bound = self.bound()
-        beta = 0.0 if bound is None else float(bound[0].detach().mean())
-        return {"forget gate": 1 - key, "memory": 1 / max(key, 1e-9), "lower bound": beta}
+        """The mean lower bound; of the last parallel pass, padding left out, the mean forget gate and the memory that goes with
+        it in tokens."""
+        found = {"lower bound": float(self._beta().mean())}
+        key = math.nan if self.mean_key is None else float(self.mean_key)
+        if not math.isnan(key):
+            found |= {"forget gate": 1 - key, "memory": 1 / max(key, 1e-9)}
+        return found
 
-    def fill_buffers(self) -> None:
-        """Before the first pass, as if all gates were half open and there were no bound."""
-        self.mean_key.fill_(0.5)
+    @torch.no_grad()
+    def _beta(self) -> Tensor:
+        """β of every channel [d], on the CPU."""
+        bound = self.bound(torch.device("cpu"), torch.float64)
+        return torch.zeros(self.width, dtype=torch.float64) if bound is None else bound[0].expand(self.width)
 
     def parameter_roles(self) -> Roles:
         """q and f meet behind nonlinear functions, i and o around a norm: no two act through their product alone."""
@@ -272,6 +293,11 @@ class HGRN2(nn.Module):
     def residual_parameters(self) -> tuple[str, ...]:
         """Weights that write into the residual stream."""
         return matrices(self, "w_o")
+
+
+def _mean(k_btd: Tensor, valid_bt: Tensor | None) -> Tensor:
+    """The mean of keys that are 0 for padding over all others; NaN where there is none."""
+    return k_btd.mean() if valid_bt is None else k_btd.sum() / (valid_bt.sum() * k_btd.shape[2])
 
 
 def _shared_bounds(context: BuildContext) -> LowerBounds:
@@ -300,7 +326,8 @@ class LayerMemory:
     """How long one layer remembers.
 
     Attributes:
-        layer: index of the block.
+        path: of the mixer in the model, "blocks.3.mixer".
+        layer: index of the block in its stack.
         shares: of all gates (tokens times channels), by effective memory 1 / (1 − f) in tokens: below 2, 2 to 4, … and 4096
             or more; they sum to 1.
         median: effective memory in tokens.
@@ -308,6 +335,7 @@ class LayerMemory:
         state_bytes: of one sequence.
     """
 
+    path: str
     layer: int
     shares: tuple[float, ...]
     median: float
@@ -317,33 +345,32 @@ class LayerMemory:
 
 @torch.no_grad()
 def memories(model: nn.Module, tokens_bt: Tensor) -> list[LayerMemory]:
-    """The memory of every hgrn2 layer of a model while it reads these tokens; empty for a model without any."""
-    mixers = [module for module in model.modules() if isinstance(module, HGRN2)]
-    keys: dict[int, Tensor] = {}
+    """The memory of every hgrn2 layer that runs while a model reads these tokens; empty for a model without any."""
+    mixers = {path: module for path, module in model.named_modules() if isinstance(module, HGRN2)}
+    keys: dict[str, Tensor] = {}
 
-    def look(mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def look(path: str, mixer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         assert isinstance(mixer, HGRN2)
-        keys[mixer.layer] = mixer.gates(inputs[0])[2].flatten()
+        keys[path] = mixer.gates(inputs[0])[2].flatten()
 
-    hooks = [mixer.register_forward_pre_hook(look) for mixer in mixers]
+    hooks = [mixer.register_forward_pre_hook(partial(look, path)) for path, mixer in mixers.items()]
     try:
         model(tokens_bt)
     finally:
         for hook in hooks:
             hook.remove()
-    return [_memory(mixer, keys[mixer.layer].double()) for mixer in mixers]
+    return [_memory(path, mixer, keys[path].double()) for path, mixer in mixers.items() if path in keys]
 
 
-def _memory(mixer: HGRN2, key_n: Tensor) -> LayerMemory:
+def _memory(path: str, mixer: HGRN2, key_n: Tensor) -> LayerMemory:
     memory_n = 1 / key_n.clamp_min(1e-12)
     edges_e = torch.tensor(MEMORY_EDGES, dtype=memory_n.dtype, device=memory_n.device)
     counts_e = torch.bucketize(memory_n, edges_e, right=True).bincount(minlength=len(MEMORY_EDGES) + 1)
-    bound = mixer.bound()
-    beta_d = torch.zeros(mixer.width) if bound is None else bound[0].expand(mixer.width)
     return LayerMemory(
+        path=path,
         layer=mixer.layer,
         shares=tuple((counts_e / counts_e.sum()).tolist()),
         median=float(memory_n.median()),
-        beta=tuple(beta_d.tolist()),
+        beta=tuple(mixer._beta().tolist()),
         state_bytes=4 * mixer.width * mixer.ratio,
     )

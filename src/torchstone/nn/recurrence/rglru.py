@@ -39,7 +39,7 @@ from torchstone.nn.recurrence.block_diagonal import BlockDiagonal, block_diagona
 from torchstone.nn.recurrence.boundaries import Boundaries, boundaries
 from torchstone.nn.recurrence.convolution import TemporalConvolution
 from torchstone.nn.recurrence.linear_scan import linear_scan
-from torchstone.nn.recurrence.state import RecurrentState
+from torchstone.nn.recurrence.state import RecurrentState, require_tensors
 from torchstone.nn.roles import Roles
 from torchstone.nn.span import Span
 from torchstone.recipe.part import Part
@@ -170,9 +170,11 @@ class RecurrentBlock(nn.Module):
     ) -> tuple[Tensor, RecurrentState | None]:
         """Mixed tokens [b, t, d], 0 for padding, and the state, advanced by t tokens."""
         batch, length = x_btd.shape[:2]
-        limits = boundaries(span, batch, length, state, x_btd.device)
         if state is not None:
+            due = {"h": (batch, self.width), "conv": (batch, self.taps - 1, self.width)}
+            require_tensors(state, "rglru", due, fine=("h",))
             state.require_room(length)
+        limits = boundaries(span, batch, length, state, x_btd.device)
         y_btr, z_btr = project(x_btd, self.w_y, self.w_x)
         tail_bwr = z_btr.new_zeros(batch, self.taps - 1, self.width) if state is None else state.tensors["conv"]
         z_btr, tail_bwr = self.conv(z_btr, span, limits, tail_bwr)
@@ -231,6 +233,11 @@ class RGLRUConfig(Part):
         """The module; raises ConfigError where the blocks do not divide the width."""
         width = self.lru_width or context.width
         blocks = self.num_blocks or max(1, width // context.head_dim)
+        if width % blocks and self.num_blocks is None:
+            raise ConfigError(
+                f"rglru has {width} channels, and the model's head_dim {context.head_dim} does not divide them into gate blocks "
+                f"of that width; give num_blocks, a divisor of {width}, or a head_dim that divides {width}."
+            )
         if width % blocks:
             raise ConfigError(
                 f"rglru has {width} channels and {blocks} blocks, and {width} is not divisible by {blocks}; choose num_blocks "

@@ -8,7 +8,8 @@ capacity only limits how many tokens are taken, as for attention, so that a mode
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ class RecurrentState:
         for name, value in tensors.items():
             old = self.tensors[name]
             assert value.shape == old.shape, f"{name} has shape {tuple(value.shape)}, not {tuple(old.shape)}"
-            self.tensors[name] = value.detach().to(old.dtype)
+            self.tensors[name] = _alone(value.detach().to(old.dtype))
         self.documents_b, self.length = documents_b, self.length + tokens
 
     def require_room(self, tokens: int) -> None:
@@ -86,3 +87,34 @@ class RecurrentState:
         both.length = max(self.length, other.length)
         both.documents_b = torch.cat([self.documents_b, other.documents_b])
         return both
+
+
+def _alone(value: Tensor) -> Tensor:
+    """The tensor, copied where it is a part of a larger one, which it would keep in memory."""
+    # a compiler knows no storages, and drops copies that are not needed
+    if torch.compiler.is_compiling() or value.untyped_storage().nbytes() > value.numel() * value.element_size():
+        return value.clone(memory_format=torch.contiguous_format)
+    return value
+
+
+def require_tensors(state: Any, mixer: str, due: Mapping[str, tuple[int, ...]], fine: Collection[str]) -> None:
+    """Raise ConfigError unless the state is one of this mixer.
+
+    Args:
+        state: whatever was given.
+        mixer: its kind.
+        due: shape of every tensor, rows first.
+        fine: those that must be fp32 or finer.
+    """
+    given = state.tensors if isinstance(state, RecurrentState) else {}
+    fits = {name: tuple(tensor.shape) for name, tensor in given.items()} == dict(due)
+    if fits and all(given[name].dtype.itemsize >= torch.float32.itemsize for name in fine):
+        return
+    wanted = ", ".join(f"{name} {shape}{' in fp32' if name in fine else ''}" for name, shape in due.items())
+    found = ", ".join(
+        f"{name} {tuple(tensor.shape)} in {str(tensor.dtype).removeprefix('torch.')}" for name, tensor in given.items()
+    )
+    raise ConfigError(
+        f"the state of {mixer} is {wanted} here, and {found or f'a {type(state).__name__}'} was given; make it with new_state "
+        "of the same model, for as many rows."
+    )
