@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torchstone.nn.context import BuildContext
 from torchstone.nn.initialisation import fill_buffers
 from torchstone.nn.recurrence.gated_linear import gated_linear_attention, gated_linear_recurrence
-from torchstone.nn.recurrence.hgrn2 import HGRN2Config
 from torchstone.nn.recurrence.gated_linear_reference import reference_gated_linear_attention
+from torchstone.nn.recurrence.hgrn2 import HGRN2Config
 from torchstone.nn.span import Span
 
 GOAL = 8.0

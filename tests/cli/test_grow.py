@@ -48,7 +48,12 @@ def test_grow_and_train_on(command: Call, small: Path, tmp_path: Path) -> None:
     code, text, problems = command("grow", str(small), "--out", str(out))
     assert code == 0 and problems == ""
     assert "32 to 64 in 8 layers, 128 to 256 in 2 layers" in text and "keys zero, values random, tau fixed" in text
-    assert f"torchstone train {out}/recipe.yaml budget.steps=N --out {out}" in text
+    assert "step 3 of 3" in text
+    assert (
+        f"torchstone train {out}/recipe.yaml budget.steps=N --out {out} (give N above 3, the budget is spent)" in text
+    )
+    code, _, problems = command("train", str(out / "recipe.yaml"), "--out", str(out))
+    assert code == 2 and "there is nothing to train" in problems and "budget.steps=N with N above 3" in problems
     code, text, _ = command("train", str(out / "recipe.yaml"), "budget.steps=5", "--out", str(out))
     assert code == 0 and "validation loss" in text
     assert load_recipe(out / "recipe.yaml").budget.steps == 5
@@ -84,6 +89,8 @@ def test_widen(command: Call, tmp_path: Path) -> None:
         (["--factor", "2", "--tokens", "input=40"], "give one of them"),
         (["--tokens", "input"], "not of the form USE=NUMBER"),
         (["--factor", "0.5"], "not taken away"),
+        (["--factor", "nan"], "the factor is nan"),
+        (["--factor", "1e12"], "a layer has at most"),
         (["--keys", "zero", "--values", "zero"], "stay dead"),
         (["--keys", "some"], "keys is 'some'"),
     ],
@@ -92,3 +99,13 @@ def test_options_that_cannot_be(command: Call, small: Path, tmp_path: Path, word
     code, _, problems = command("grow", str(small), "--out", str(tmp_path / "grown"), *words)
     assert code == 2 and message in problems
     assert not (tmp_path / "grown").exists()
+
+
+def test_the_end_may_be_named_with_the_growth(command: Call, small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "grown"
+    code, text, _ = command("grow", str(small), "--out", str(out), "--until", "5")
+    assert code == 0 and "step 3 of 5" in text
+    assert f"torchstone train {out}/recipe.yaml --out {out} (budget.steps=N sets another end)" in text
+    assert command("train", str(out / "recipe.yaml"), "--out", str(out))[0] == 0
+    code, _, problems = command("grow", str(small), "--out", str(tmp_path / "other"), "--until", "3")
+    assert code == 2 and "nothing would be left to train" in problems

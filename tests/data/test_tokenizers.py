@@ -116,3 +116,13 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
         config.vocabulary()
     with pytest.raises(DataError, match="no 'END' to end"):
         config.model_copy(update={"end_of_document": "END"}).vocabulary()
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe", "huggingface"])
+def test_ids_that_are_no_text_give_nothing(every: dict[str, Tokenizer], kind: str) -> None:
+    """A model may have more ids than its text, such as <fim>, and draw them."""
+    tokenizer = every[kind]
+    head, tail = tokenizer.encode("The cat"), tokenizer.encode(" sat")
+    for token in (tokenizer.vocab_size, tokenizer.vocab_size + 1, 10**6, -1):
+        assert tokenizer.decode([*head, token, *tail, token]) == "The cat sat"
+        assert tokenizer.decode([token]) == ""

@@ -13,6 +13,9 @@ from subjects import byte_subject, texts
 from torchstone.data.tokenizers import ByteTokenizer
 from torchstone.diagnose.expert_load import (
     CLASSES,
+    _dead_table,
+    _heatmaps,
+    _router_table,
     expert_load_finding,
     information,
     parameters_of,
@@ -124,3 +127,18 @@ def test_only_the_part_with_experts_is_shown() -> None:
     )
     assert [heatmap.title for heatmap in finding.heatmaps][0] == "Load of feed-forward experts"
     assert len(finding.heatmaps) == 2 and "Attention" not in finding.answer
+
+
+def test_the_encoders_of_a_model_are_kept_apart() -> None:
+    """Routers of equal layers in two encoders, one of them with a dead expert."""
+    dead, even = torch.tensor([[4.0, 0.0]] * len(CLASSES)).double(), torch.ones(len(CLASSES), 2).double()
+    found = [
+        RouterLoad(f"{encoder}blocks.{layer}.feedforward", counts_ce, torch.ones(2).double(), 1, 1.0, 20)
+        for encoder, counts_ce in (("", even), ("backward_encoder.", dead))
+        for layer in (0, 1)
+    ]
+    layers = [0, 1, "backward_encoder 0", "backward_encoder 1"]
+    assert [row[:2] for row in _router_table(found, found).rows] == [(layer, "feed-forward") for layer in layers]
+    assert _dead_table(found).rows == tuple((layer, "feed-forward", 1) for layer in layers[2:])
+    by_layer, by_class = _heatmaps(found, "feedforward")
+    assert by_layer.y == tuple(map(str, layers)) and len(set(by_class.y)) == 4 * len(CLASSES)

@@ -19,6 +19,7 @@ VARIANTS = {
     "untied": ("llama", {}, {"head": {"kind": "linear", "tied": False}}),
     "grouped": ("llama", {"kv_heads": 2}, {}),
     "multi-query, half layout": ("llama", {"kv_heads": 1, "position": HALF}, {}),
+    "dropout": ("llama", {"dropout": 0.25}, {}),
     "narrow heads": ("llama", {"heads": 2, "head_dim": 8}, {}),
     "heads that do not divide": ("mistral", {"heads": 3, "head_dim": 8}, {}),
     "linear scaling": ("llama", {"position": {"kind": "rotary", "scale": 2.0}}, {}),
@@ -54,8 +55,9 @@ def test_logits_agree_and_come_back(name, decoder, tokens, logits, tmp_path, dat
     assert ours_btv.abs().max() > 1
     torch.testing.assert_close(theirs_btv, ours_btv, atol=1e-5, rtol=0)
     import_checkpoint(tmp_path / "out", tmp_path / "run", data_words)
-    _, back, _ = load_run(tmp_path / "run")
+    recipe, back, _ = load_run(tmp_path / "run")
     torch.testing.assert_close(logits(back, tokens), ours_btv, atol=1e-5, rtol=0)
+    assert recipe.model.block.mixer.dropout == mixer.get("dropout", 0.0)
 
 
 def test_biases_are_qwen2_where_its_tokenizer_fits(decoder, tokens, logits, tmp_path):

@@ -150,6 +150,26 @@ def test_positions_and_padding(hybrid, tokens):
         torch.testing.assert_close(rest.logits, whole[:, 6:], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("mixer", ["hgrn2", "rglru"])
+@pytest.mark.parametrize("given_positions", [False, True])
+def test_padding_on_the_right_and_between(mixer, given_positions, decoder, tokens, tmp_path):
+    """Rows of different lengths are read as alone, whatever stands in the padding's place."""
+    export_model(decoder(mixer={"kind": mixer}), None, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    mask = torch.ones_like(tokens)
+    mask[0, 9:] = 0
+    mask[1, 4:7] = 0
+    given = {"position_ids": (mask.cumsum(1) - 1).clamp_min(0)} if given_positions else {}
+    with torch.no_grad():
+        found = theirs(tokens, attention_mask=mask, **given).logits
+        for row, kept in enumerate(mask.bool()):
+            alone = theirs(tokens[row : row + 1, kept]).logits
+            torch.testing.assert_close(found[row : row + 1, kept], alone, atol=1e-5, rtol=0)
+        cached = theirs(tokens[:, :12], attention_mask=mask[:, :12], use_cache=True)
+        rest = theirs(tokens[:, 12:], attention_mask=mask, past_key_values=cached.past_key_values)
+    torch.testing.assert_close(rest.logits[1], found[1, 12:], atol=1e-5, rtol=0)
+
+
 def test_documents_packed_into_a_row(hybrid, tokens):
     theirs = loaded(hybrid)
     lengths = (15, 25)

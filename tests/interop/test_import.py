@@ -140,7 +140,7 @@ REFUSED = {
     "model_type": ("gpt2", "model_type='gpt2'; torchstone can import jetmoe"),
     "is_encoder_decoder": (True, "is_encoder_decoder=true"),
     "auto_map": ({"AutoModelForCausalLM": "mine.Mine"}, "brings its own code"),
-    "vocab_size": (200, "ids up to 256 and the model only 200"),
+    "vocab_size": (200, "has shape [300, 32], the settings in config.json ask for [200, 32]"),
     "num_hidden_layers": (1, "does not account for"),
     "intermediate_size": (40, "do not belong together"),
 }

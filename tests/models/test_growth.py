@@ -247,6 +247,29 @@ def test_a_model_with_frozen_tokens_grows_again(again: bool) -> None:
     assert torch.equal(layer.keys()[: layer.frozen], frozen)
 
 
+def test_new_tokens_beside_frozen_ones_are_no_copies_of_any() -> None:
+    """With the model's own seed, and again with it: every random key and value is another one."""
+    model = tokenformer()
+    for _ in range(2):
+        grow(model, 2, keys="random", freeze_old=True, seed=0)
+    for layer in pattention_layers(model).values():
+        for rows_nd in (layer.keys(), layer.values()):
+            assert len(torch.unique(rows_nd[:, 0].detach())) == layer.tokens
+    layer = model.get_submodule("blocks.0.mixer.w_v")
+    assert isinstance(layer, Pattention)
+    assert float(layer.keys_nd.detach().std()) == pytest.approx(0.02, rel=0.1)
+    assert float(layer.values_ne.detach().std()) == pytest.approx(1 / math.sqrt(32), rel=0.1)
+
+
+def test_all_but_the_old_tokens_is_trained_beside_frozen_ones() -> None:
+    model, optimizer = trained()
+    grow(model, 2, freeze_old=True, optimizer=optimizer)
+    before = values_of(model)
+    train(model, optimizer, 3, first=10)
+    still = {name for name, value in model.named_parameters() if torch.equal(value, before[name])}
+    assert still == {name for name in before if ".frozen_" in name} and "embed.weight" in before
+
+
 # Sizes and configuration ----------------------------------------------------------------------------
 
 
@@ -406,3 +429,33 @@ def test_widening_to_a_width_and_what_cannot_be_widened() -> None:
 def test_every_layer_of_the_test_model_is_made_of_tokens() -> None:
     kinds = {type(module).__name__ for module in tokenformer().modules()}
     assert "Linear" not in kinds and Pattention.__name__ in kinds
+
+
+# Slips of the hand ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (math.nan, "the factor is nan"),
+        (math.inf, "the factor is inf"),
+        (-math.inf, "the factor is -inf"),
+        (1e12, "would have .*,000,000,000,000 .*at most 10,000,000"),
+    ],
+)
+def test_factors_that_no_one_means_are_refused(factor: float, words: str) -> None:
+    gated, model = build({"kind": "swiglu", "hidden": 64}), tokenformer()
+    for one, enlarge in ((gated, widen), (model, grow)):
+        before = values_of(one)
+        with pytest.raises(ConfigError, match=words):
+            enlarge(one, factor)
+        assert all(torch.equal(value, before[name]) for name, value in one.named_parameters())
+
+
+def test_numbers_that_no_one_means_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"blocks\.0\.mixer\.w_q would have 10,000,001 parameter tokens"):
+        grow(tokenformer(), {"input": 10**7 + 1})
+    with pytest.raises(ConfigError, match=r"blocks\.0\.feedforward would have 10,000,001 hidden units"):
+        widen(build({"kind": "mlp", "hidden": 64}), hidden=10**7 + 1)
+    with pytest.raises(ConfigError, match="has 64 hidden units and 0 were asked for"):
+        widen(build({"kind": "mlp", "hidden": 64}), hidden=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -79,10 +80,67 @@ def test_replacing_attention_keeps_the_size() -> None:
     assert extra == 4 * 8 + 2 * 8  # the vectors of λ and the gain
 
 
-@pytest.mark.parametrize("setting", ["qk_norm", "output_norm"])
+@pytest.mark.parametrize("setting", ["qk_norm", "output_norm", "qkv_bias", "output_bias"])
 def test_replacing_attention_drops_nothing_silently(setting: str) -> None:
-    with pytest.raises(ConfigError, match=setting):
+    with pytest.raises(ConfigError, match=f"replaced attention has {setting}: true and differential has no such"):
         DifferentialConfig.inherit({"kind": "attention", setting: True})
+
+
+def test_how_a_window_is_counted_is_lost_only_where_there_is_a_window() -> None:
+    previous = {"kind": "attention", "window": 4, "window_convention": "plus-one"}
+    with pytest.raises(ConfigError, match="set window_convention: inclusive in the recipe"):
+        DifferentialConfig.inherit(previous)
+    assert DifferentialConfig.inherit({**previous, "window": None}) == {"window": None}
+
+
+def test_heads_of_the_same_kind_stay_what_they_are() -> None:
+    previous = parse_part("mixer", {"kind": "differential", "heads": 2, "kv_heads": 1, "version": "v1"}).model_dump()
+    mixer = build(kind="differential", **DifferentialConfig.inherit(previous))
+    assert (mixer.heads, mixer.key_shape) == (2, (2, 8))
+
+
+MIXERS: dict[str, dict[str, Any]] = {
+    "attention": {"kind": "attention"},
+    "local": {"kind": "local-attention", "window": 3},
+    "v1": {"kind": "differential"},
+    "v2": {"kind": "differential", "version": "v2"},
+    "moa": {"kind": "moa", "bias": False},
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+@torch.no_grad()
+def test_padding_gives_zeros_whatever_the_projection_makes_of_zeros(name: str) -> None:
+    projection = parse_part("projection", {"kind": "pattention", "norm_mode": "softmax"})
+    part: Any = parse_part("mixer", MIXERS[name])
+    mixer = part.build(dataclasses.replace(CONTEXT, projection=projection))
+    for parameter in mixer.parameters():
+        parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    for module in mixer.modules():
+        getattr(module, "fill_buffers", tuple)()
+    x_btd = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1))
+    valid_bt = torch.arange(6) >= torch.tensor([[2], [0]])
+    y_btd, _ = mixer(x_btd, Span(valid_bt=valid_bt))
+    assert torch.equal(y_btd[0, :2], torch.zeros(2, 32)) and bool((y_btd[valid_bt] != 0).any(-1).all())
+    state = mixer.new_state(2, 6, "cpu", torch.float32)
+    steps = [
+        mixer(x_btd[:, part], Span(valid_bt=valid_bt[:, part]), state)[0]
+        for part in (slice(0, 1), slice(1, 2), slice(2, 6))
+    ]
+    torch.testing.assert_close(torch.cat(steps, 1)[0, :2], torch.zeros(2, 32), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+@pytest.mark.parametrize("position", ["rotary", "kerple"])
+def test_an_empty_batch_passes_through(version: str, position: str) -> None:
+    mixer = build(kind="differential", version=version, position=position)
+    y_btd, _ = mixer(torch.zeros(0, 6, 32, requires_grad=True), Span())
+    y_btd.sum().backward()
+    assert y_btd.shape == (0, 6, 32) and not mixer.w_q.weight.grad.any()
+    state = mixer.eval().new_state(0, 7, "cpu", torch.float32)
+    with torch.no_grad():
+        for length in (6, 1):
+            assert mixer(torch.zeros(0, length, 32), Span(), state)[0].shape == (0, length, 32)
 
 
 def test_lambda_stays_fp32_in_half_precision() -> None:
@@ -93,6 +151,19 @@ def test_lambda_stays_fp32_in_half_precision() -> None:
     assert mixer.w_q.weight.dtype == torch.bfloat16
     assert mixer.lambda_q1.dtype == torch.float32
     assert mixer.lambda_q1[0].item() == pytest.approx(0.1234567, abs=1e-8)  # bf16 would be off by 1e-4
+
+
+def test_gradients_of_lambda_stay_fp32_with_their_vectors() -> None:
+    mixer = build(kind="differential")
+    names = ("lambda_q1", "lambda_k1", "lambda_q2", "lambda_k2")
+    for name in names:
+        torch.nn.init.normal_(getattr(mixer, name), generator=torch.Generator().manual_seed(len(name)))
+    mixer.lambda_value().square().backward()
+    wanted = {name: (getattr(mixer, name).detach() - getattr(mixer, name).grad).clone() for name in names}
+    mixer.bfloat16()
+    torch.optim.SGD([getattr(mixer, name) for name in names], lr=1.0).step()
+    for name in names:
+        torch.testing.assert_close(getattr(mixer, name).detach(), wanted[name], rtol=1e-6, atol=1e-6)
 
 
 def test_sign_flips_where_lambda_exceeds_one() -> None:

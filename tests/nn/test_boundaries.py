@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from torchstone.errors import ConfigError
 from torchstone.nn.recurrence.boundaries import Boundaries, boundaries
-from torchstone.nn.recurrence.state import UNSEEN, RecurrentState
+from torchstone.nn.recurrence.state import UNSEEN, RecurrentState, require_tensors
 from torchstone.nn.span import Span
+from torchstone.nn.state import KVCache
 
 CPU = torch.device("cpu")
 
@@ -87,6 +88,39 @@ def test_positions_that_restart_need_documents() -> None:
     assert isinstance(boundaries(left_padded, 1, 4, None, CPU), Boundaries)
 
 
+ONE, GONE = True, False
+PADDED = {  # positions, visible, whether a visible token stands at or below an earlier one
+    "right, as a clamped count gives it": ([0, 1, 2, 3, 3, 3], [ONE, ONE, ONE, ONE, GONE, GONE], False),
+    "right, zeros": ([0, 1, 2, 3, 0, 0], [ONE, ONE, ONE, ONE, GONE, GONE], False),
+    "left": ([0, 0, 0, 1, 2, 3], [GONE, GONE, ONE, ONE, ONE, ONE], False),
+    "between": ([0, 1, 1, 0, 2, 3], [ONE, ONE, GONE, GONE, ONE, ONE], False),
+    "high between": ([0, 1, 9, 9, 2, 3], [ONE, ONE, GONE, GONE, ONE, ONE], False),
+    "a restart behind padding": ([0, 1, 0, 0, 0, 1], [ONE, ONE, GONE, GONE, ONE, ONE], True),
+    "a restart that high padding hides": ([0, 1, 2, -1, 1, 2], [ONE, ONE, ONE, GONE, ONE, ONE], True),
+    "a restart before padding": ([0, 1, 0, 1, 1, 1], [ONE, ONE, ONE, ONE, GONE, GONE], True),
+    "nothing visible": ([0, 0, 0, 0, 0, 0], [GONE] * 6, False),
+}
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_positions_of_padding_do_not_count(name: str) -> None:
+    positions, visible, restarts = PADDED[name]
+    plain = torch.arange(6)
+    span = Span(positions_bt=torch.tensor([positions, plain.tolist()]), valid_bt=torch.tensor([visible, [ONE] * 6]))
+    if restarts:
+        with pytest.raises(ConfigError, match="positions restart within a row"):
+            boundaries(span, 2, 6, None, CPU)
+    else:
+        assert boundaries(span, 2, 6, None, CPU).valid_bt is not None
+
+
+def test_one_row_of_padding_or_documents_serves_all_rows() -> None:
+    seen = boundaries(Span(valid_bt=torch.tensor([[GONE, ONE, ONE]])), 2, 3, new_state(2), CPU)
+    assert seen.starts_bt.tolist() == [[False, True, False]] * 2 and seen.last_b.tolist() == [0, 0]
+    seen = boundaries(Span(documents_bt=torch.tensor([[3, 3, 4]])), 2, 3, None, CPU)
+    assert seen.starts_bt.tolist() == [[True, False, True]] * 2 and seen.last_b.tolist() == [4, 4]
+
+
 def test_patterns_of_visibility_are_refused() -> None:
     with pytest.raises(ConfigError, match="reads tokens in order"):
         boundaries(Span(allowed_bts=torch.ones(3, 3, dtype=torch.bool)), 1, 3, None, CPU)
@@ -100,6 +134,31 @@ def test_state_counts_its_bytes_and_its_room() -> None:
     assert not state.tensors["h"].requires_grad and state.length == 3
     with pytest.raises(ConfigError, match="holds 3 of 4 tokens and 2 more"):
         state.advance(2, torch.tensor([0, 5]), h=h_bd)
+
+
+def test_a_state_keeps_nothing_but_itself() -> None:
+    state, long_btd = new_state(2), torch.randn(2, 4000, 3)
+    for value in (long_btd[:, -1], long_btd[:, -1].bfloat16()):
+        state.advance(1, torch.tensor([0, 0]), h=value)
+        assert torch.equal(state.tensors["h"], value.float())
+        assert state.tensors["h"].untyped_storage().nbytes() == 2 * 3 * 4
+    own_bd = torch.randn(2, 3)
+    state.advance(1, torch.tensor([0, 0]), h=own_bd)
+    assert state.tensors["h"].data_ptr() == own_bd.data_ptr()
+
+
+def test_states_of_another_kind_are_refused() -> None:
+    due, places = {"h": (2, 3)}, (torch.device("cpu"), torch.float32)
+    require_tensors(new_state(2), "a mixer", due, fine=("h",))
+    wrong = {
+        r"h \(3, 3\) in float32 was given": new_state(3),
+        r"h \(2, 3\) in bfloat16 was given": RecurrentState({"h": torch.zeros(2, 3, dtype=torch.bfloat16)}, 9),
+        r"s \(2, 3\) in float32 was given": RecurrentState({"s": torch.zeros(2, 3)}, 9),
+        "a KVCache was given": KVCache(2, 9, (1, 4), (1, 4), None, *places),
+    }
+    for message, state in wrong.items():
+        with pytest.raises(ConfigError, match=rf"state of a mixer is h \(2, 3\) in fp32 here, and {message}"):
+            require_tensors(state, "a mixer", due, fine=("h",))
 
 
 def test_rows_are_selected_and_joined() -> None:

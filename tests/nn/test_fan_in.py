@@ -41,6 +41,25 @@ def test_standard_deviations() -> None:
         assert float(found[name].detach().std()) == pytest.approx(std, rel=5 / (2 * found[name].numel()) ** 0.5), name
 
 
+def test_an_expert_starts_as_a_layer_alone_does() -> None:
+    experts = {"num_experts": 16, "top_k": 2}
+    block = {
+        "mixer": {"kind": "moa", "kv_heads": 2, **experts},
+        "feedforward": {"kind": "smoe", "hidden": 192, **experts},
+    }
+    config = {"width": WIDTH, "depth": DEPTH, "head_dim": 32, "block": block, "initialisation": "fan-in"}
+    found = dict(DecoderConfig.model_validate(config).build(500, 16, 0).named_parameters())
+    expected = {
+        "blocks.0.mixer.query_experts": WIDTH**-0.5,
+        "blocks.0.mixer.output_experts": (2 / DEPTH / 64) ** 0.5,
+        "blocks.0.mixer.router.weight": WIDTH**-0.5,
+        "blocks.0.feedforward.w_in": WIDTH**-0.5,
+        "blocks.0.feedforward.w_out": (2 / DEPTH / 192) ** 0.5,
+    }
+    for name, std in expected.items():
+        assert float(found[name].detach().std()) == pytest.approx(std, rel=5 / (2 * found[name].numel()) ** 0.5), name
+
+
 def test_biases_are_zero_and_gains_one() -> None:
     for name, value in model().named_parameters():
         if name.endswith("bias"):

@@ -195,6 +195,17 @@ def test_chunks_shrink_instead_of_padding_much() -> None:
     assert chunk_of(256, 128) == 64 and chunk_of(256, 32) == 32 and chunk_of(256, 1) == 8
     assert chunk_of(65, 128) == 8 and chunk_of(60, 128) == 64 and chunk_of(1000, 3, 128) == 128
     assert chunk_of(3, 128) == 8 and chunk_of(3, 1, 4) == 4
+    assert (
+        chunk_of(40, 32, 64) == 8 and chunk_of(64, 32, 64) == 64
+    )  # a given size is the most, not what is always taken
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_no_rows_give_no_rows(documents: bool) -> None:
+    tensors = inputs(0, 13, 2, 4, 3)
+    starts_bt = torch.arange(13)[None] == 6 if documents else None
+    found = results(gated_linear_attention, tensors, starts_bt=starts_bt)
+    assert [tuple(x.shape) for x in found] == [(0, 13, 2, 3), (0, 2, 4, 3), *(tuple(x.shape) for x in tensors)]
 
 
 # Kernels of flash-linear-attention, of which a test on a CPU can only see what they are given -----
@@ -244,14 +255,27 @@ def test_kernels_are_given_rows_documents_and_states(
     assert kernels.calls == 1
 
 
+def test_a_pass_does_not_look_for_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    def searched(name: str) -> None:
+        raise AssertionError(f"{name} is searched for")
+
+    monkeypatch.setattr(gated_linear_fla.importlib.util, "find_spec", searched)
+    assert use_kernels("auto", torch.device("cuda"), torch.float32, 64) == gated_linear_fla.INSTALLED
+
+
 def test_kernels_are_used_where_they_run(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for present in (False, True):
-        monkeypatch.setattr(gated_linear_fla.importlib.util, "find_spec", lambda name, present=present: present or None)
-        assert not use_kernels("auto", cpu) and not use_kernels("torch", cuda)
-        assert use_kernels("auto", cuda) == present
+        monkeypatch.setattr(gated_linear_fla, "INSTALLED", present)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert not use_kernels("auto", cpu, dtype, 64) and not use_kernels("torch", cuda, dtype, 64)
+            assert use_kernels("auto", cuda, dtype, 64) == use_kernels("auto", cuda, dtype, 16) == present
+            assert not use_kernels("auto", cuda, dtype, 15) and use_kernels("fla", cuda, dtype, 8)
+        assert not use_kernels("auto", cuda, torch.float64, 64)
         with pytest.raises(ConfigError, match="runs on CUDA and the model is on cpu"):
-            use_kernels("fla", cpu)
+            use_kernels("fla", cpu, torch.float32, 64)
+        with pytest.raises(ConfigError, match="fp32 at best and the model is in fp64"):
+            use_kernels("fla", cuda, torch.float64, 64)
         if present:
             gated_linear_fla.require_installed()
         else:

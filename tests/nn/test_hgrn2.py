@@ -11,19 +11,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from torchstone.errors import ConfigError, DependencyError
+from torchstone.models.belief_state import BeliefStateConfig
 from torchstone.models.counts import count
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.nn.context import BuildContext
-from torchstone.nn.initialisation import fill_buffers
+from torchstone.nn.initialisation import NormalConfig
 from torchstone.nn.recurrence import gated_linear_fla, hgrn2
 from torchstone.nn.recurrence.gated_linear import gated_linear_recurrence
 from torchstone.nn.recurrence.hgrn2 import HGRN2, HGRN2Config, memories
 from torchstone.nn.recurrence.lower_bounds import NAME, LowerBounds
 from torchstone.nn.recurrence.state import RecurrentState
 from torchstone.nn.span import Span
+from torchstone.nn.state import DecoderState, KVCache
 
 WIDTH, DEPTH = 12, 3
 
@@ -38,7 +41,6 @@ def mixer(layer: int = 1, gamma: Tensor | None = None, seed: int = 0, **settings
     made = HGRN2Config.model_validate(settings).build(context)
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter, 0.0, 0.5, generator=draw)
-    fill_buffers(made)
     return made
 
 
@@ -46,6 +48,22 @@ def decoder(seed: int = 0, width: int = WIDTH, **settings: Any) -> Decoder:
     config = {"width": width, "depth": DEPTH, "head_dim": 4, "block": {"mixer": {"kind": "hgrn2", **settings}}}
     config["initialisation"] = {"kind": "normal", "std": 0.3, "scale_residual": False}
     return DecoderConfig.model_validate(config).build(9, 16, seed)
+
+
+class Created(TorchFunctionMode):
+    """Types of tensors filled with a number, and whether numbers of the host were made a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.full: list[torch.dtype] = []
+        self.copied = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.full:
+            self.full.append(found.dtype)
+        self.copied = self.copied or func in (torch.tensor, torch.as_tensor)
+        return found
 
 
 def random(*shape: int, seed: int = 3) -> Tensor:
@@ -126,7 +144,7 @@ def test_the_key_keeps_its_digits_where_the_gate_is_almost_open() -> None:
     pieces=st.lists(st.integers(1, 12), min_size=1, max_size=5), mode=st.sampled_from(["auto", "chunk", "recurrent"])
 )
 def test_pieces_of_any_length_equal_the_whole(pieces: list[int], mode: str) -> None:
-    length, made = sum(pieces), mixer(mode=mode, chunk_size=8)
+    length, made = sum(pieces), mixer(mode=mode, chunk_size=None if mode == "recurrent" else 8)
     x_btd = random(2, length, WIDTH)
     with torch.no_grad():
         whole, _ = made(x_btd, Span())
@@ -152,10 +170,36 @@ def test_states_of_other_shapes_are_refused() -> None:
         "heads": mixer(expand_ratio=6).new_state(2, 9, "cpu", torch.float32),
         "type": RecurrentState({"s": torch.zeros(2, 3, 4, 4, dtype=torch.bfloat16)}, 9),
         "mixer": RecurrentState({"h": torch.zeros(2, 3)}, 9),
+        "family": KVCache(2, 9, (1, 4), (1, 4), None, "cpu", torch.float32),
     }
     for state in wrong.values():
-        with pytest.raises(ConfigError, match=r"of shape \(2, 3, 4, 4\) in fp32"):
+        with pytest.raises(ConfigError, match=r"the state of hgrn2 is s \(2, 3, 4, 4\) in fp32 here"):
             made(x_btd, Span(), state)
+
+
+def test_states_with_another_number_of_layers_are_refused() -> None:
+    model, tokens_bt = decoder(), torch.arange(4)[None]
+    layers = model.new_state(1, 9).layers
+    for wrong in ([], layers[:2], [*layers, layers[0]]):
+        with pytest.raises(ConfigError, match=f"of {len(wrong)} layers and there are 3 here"):
+            model(tokens_bt, state=DecoderState(wrong))
+    assert layers[0].length == 0
+
+
+def test_no_rows_give_no_rows() -> None:
+    model, tokens_bt = decoder(), torch.empty(0, 5, dtype=torch.long)
+    assert model(tokens_bt).hidden_btd.shape == (0, 5, WIDTH)
+    assert set(model.diagnostics()) == {f"layer0{layer}/lower bound" for layer in range(DEPTH)}
+    assert model(tokens_bt, state=model.new_state(0, 9)).hidden_btd.shape == (0, 5, WIDTH)
+
+
+@torch.no_grad()
+def test_the_state_lets_the_prompt_go() -> None:
+    model = decoder()
+    state = model.new_state(1, 300)
+    model(torch.randint(9, (1, 300)), state=state)
+    held = [tensor.untyped_storage().nbytes() for layer in state.layers for tensor in layer.tensors.values()]
+    assert sum(held) + 8 * DEPTH == state.nbytes()
 
 
 # Bounds -------------------------------------------------------------------------------------------
@@ -189,6 +233,27 @@ def test_bounds_rise_with_the_layer_and_stay_below_one(scale: float, depth: int,
         assert (beta_d > 0).all() and (rest_d > 0).all()
         torch.testing.assert_close(beta_d.double(), exact[1 : layer + 1].sum(0), rtol=1e-5, atol=1e-37)
         torch.testing.assert_close(rest_d.double(), 1 - exact[1 : layer + 1].sum(0), rtol=1e-5, atol=1e-7)
+
+
+def test_outside_a_model_a_mixer_holds_its_bounds() -> None:
+    made = HGRN2Config().build(BuildContext(WIDTH, 4, DEPTH, 1, 2, 16))
+    assert "lower_bounds.gamma" in dict(made.named_parameters()) and made._bounds[0] is made.lower_bounds
+    NormalConfig().fill(made, DEPTH, 0)
+    assert (made.lower_bounds.gamma == 0).all()
+    y_btd, _ = made(random(1, 4, WIDTH), Span())
+    assert y_btd.isfinite().all() and made.diagnostics()["lower bound"] == pytest.approx(1 / 3)
+    assert not any("gamma" in name for name, _ in mixer().named_parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fixed_bound_is_made_where_it_is_used(dtype: torch.dtype) -> None:
+    """No tensor of the host goes to the device, and none is finer than the gates."""
+    made = mixer(lower_bound=0.3).to(dtype)
+    bound = made.bound(torch.device("meta"), dtype)
+    assert bound is not None and all(value.device.type == "meta" and value.dtype == dtype for value in bound)
+    with Created() as created:
+        made.gates(random(1, 2, WIDTH).to(dtype))
+    assert created.full == [dtype, dtype] and not created.copied
 
 
 def test_bounds_without_a_row_for_the_layer_are_refused() -> None:
@@ -227,18 +292,39 @@ def test_heads_that_do_not_fit_are_refused(settings: dict[str, int], message: st
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"lower_bound": 1.0}, r"\[0, 1\)"), ({"lower_bound": -0.1}, r"\[0, 1\)"), ({"chunk_size": 24}, "such as 16")],
+    [
+        ({"lower_bound": 1.0}, r"\[0, 1\)"),
+        ({"lower_bound": -0.1}, r"\[0, 1\)"),
+        ({"chunk_size": 24}, "such as 16"),
+        ({"mode": "recurrent", "chunk_size": 16}, "without chunks or kernels"),
+        ({"mode": "recurrent", "backend": "fla"}, "without chunks or kernels"),
+        ({"backend": "fla", "chunk_size": 16}, "chunk_size 16 is a setting of our own operator"),
+    ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         HGRN2Config.model_validate(settings)
 
 
+def test_a_chunk_size_keeps_our_own_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.dtype] = []
+
+    def use_kernels(backend: str, device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+        asked.append(dtype)
+        return False
+
+    monkeypatch.setattr(hgrn2, "use_kernels", use_kernels)
+    mixer(chunk_size=16)(random(1, 3, WIDTH), Span())
+    assert asked == []
+    mixer()(random(1, 3, WIDTH), Span())
+    assert asked == [torch.float32]
+
+
 def test_kernels_asked_for_and_absent_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gated_linear_fla, "installed", lambda: False)
+    monkeypatch.setattr(gated_linear_fla, "INSTALLED", False)
     with pytest.raises(DependencyError, match=r"pip install 'torchstone\[gpu\]'"):
         mixer(backend="fla")
-    monkeypatch.setattr(gated_linear_fla, "installed", lambda: True)
+    monkeypatch.setattr(gated_linear_fla, "INSTALLED", True)
     with pytest.raises(ConfigError, match="runs on CUDA"):
         mixer(backend="fla")(random(1, 3, WIDTH), Span())
 
@@ -271,12 +357,26 @@ def test_size_and_cost_are_those_of_the_formula() -> None:
 
 def test_diagnostics_tell_the_mean_gate_of_the_last_pass() -> None:
     model = decoder(lower_bound=0.75)
-    assert model.diagnostics()["layer01/forget gate"] == 0.5
+    assert model.diagnostics() == {f"layer0{layer}/lower bound": 0.75 for layer in range(DEPTH)}
     model(torch.arange(8)[None])
     found = model.diagnostics()
     gate = found["layer01/forget gate"]
     assert 0.75 < gate < 1 and found["layer01/memory"] == pytest.approx(1 / (1 - gate), rel=1e-5)
     assert found["layer01/lower bound"] == 0.75
+
+
+def test_the_mean_gate_leaves_padding_out_and_is_no_buffer() -> None:
+    made, x_btd = mixer(), 3 * random(2, 9, WIDTH)
+    valid_bt = torch.arange(9) >= torch.tensor([[0], [5]])
+    made(x_btd, Span(valid_bt=valid_bt))
+    expected = 1 - float(made.gates(x_btd)[2][valid_bt].detach().mean())
+    assert made.diagnostics()["forget gate"] == pytest.approx(expected, abs=1e-6)
+    assert abs(expected - (1 - float(made.gates(x_btd)[2].detach().mean()))) > 1e-4
+    assert not list(made.buffers())
+    made.bfloat16()(x_btd.bfloat16(), Span())
+    assert made.mean_key is not None and made.mean_key.dtype == torch.float32
+    made(x_btd.bfloat16(), Span(valid_bt=torch.zeros_like(valid_bt)))
+    assert set(made.diagnostics()) == {"lower bound"}
 
 
 def test_memories_count_every_gate() -> None:
@@ -295,6 +395,20 @@ def test_memories_count_every_gate() -> None:
     assert last.state_bytes == 4 * WIDTH * 4
     attention = DecoderConfig.model_validate({"width": 16, "depth": 1, "head_dim": 8}).build(9, 16, 0)
     assert memories(attention, tokens_bt) == []
+
+
+def test_memories_are_of_the_mixers_that_ran() -> None:
+    """Of a belief-state model, which has two stacks with layers of the same numbers, the forward one reads."""
+    config = {"width": WIDTH, "depth": 2, "head_dim": 4, "end_token": 8, "block": {"mixer": {"kind": "hgrn2"}}}
+    model = BeliefStateConfig.model_validate(config).build(9, 16, 0)
+    found = memories(model, torch.arange(8)[None])
+    assert [(one.path, one.layer) for one in found] == [("blocks.0.mixer", 0), ("blocks.1.mixer", 1)]
+    seen: list[Tensor] = []
+    hook = model.blocks[1].mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    model(torch.arange(8)[None])
+    hook.remove()
+    key = model.blocks[1].mixer.gates(seen[0])[2].detach().double()  # type: ignore[operator,union-attr]
+    assert found[1].median == pytest.approx(float((1 / key).median()))
 
 
 def test_a_model_compiles_without_graph_breaks() -> None:
@@ -317,7 +431,7 @@ def test_kernels_get_what_our_own_operator_gets(monkeypatch: pytest.MonkeyPatch)
     valid_bt[1, :4] = False
     found = []
     for kernels in (False, True):
-        monkeypatch.setattr(hgrn2, "use_kernels", lambda backend, device, kernels=kernels: kernels)
+        monkeypatch.setattr(hgrn2, "use_kernels", lambda *asked, kernels=kernels: kernels)
         monkeypatch.setattr(hgrn2, "fla_gated_linear_attention", gated_linear_recurrence)
         state, parts = ours.new_state(2, 14, "cpu", torch.float32), []
         for start, stop in ((0, 6), (6, 14)):

@@ -119,3 +119,25 @@ def test_what_replaces_attention_keeps_its_heads_and_window_and_nothing_else() -
     kept = LocalAttentionConfig.inherit(previous)
     assert kept == {"heads": 4, "window": 8, "window_convention": "plus-one"}
     assert LocalAttentionConfig.inherit({**previous, "window": None}) == {"heads": 4}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("qk_norm", True, "qk_norm: true"),
+        ("qkv_bias", True, "qkv_bias: true"),
+        ("dropout", 0.1, r"dropout: 0\.1"),
+        ("output_norm", True, "output_norm: true"),
+        ("score_processor", {"kind": "dape"}, "score_processor: dape"),
+    ],
+)
+def test_replacing_attention_drops_nothing_silently(name: str, value: Any, words: str) -> None:
+    previous = {**AttentionConfig().model_dump(mode="json"), name: value}
+    with pytest.raises(ConfigError, match=f"replaced attention has {words} and local-attention has no such setting"):
+        LocalAttentionConfig.inherit(previous)
+
+
+def test_another_setting_of_the_same_kind_keeps_the_others() -> None:
+    previous = LocalAttentionConfig(kv_heads=2, window=8, output_bias=False, position="alibi").model_dump(mode="json")
+    kept: Any = parse_part("mixer", {"kind": "local-attention", **LocalAttentionConfig.inherit(previous)})
+    assert (kept.kv_heads, kept.window, kept.output_bias, kept.position.kind) == (2, 8, False, "alibi")

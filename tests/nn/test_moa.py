@@ -208,6 +208,26 @@ def test_documents_are_separate(name: str) -> None:
     close(packed[:, 4:], model(tokens_bt[:, 4:]).hidden_btd, 1e-6)
 
 
+@both_dispatches
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_empty_batch_has_losses_of_zero(dispatch: str, masked: bool) -> None:
+    moe = {"num_experts": 4, "dispatch": dispatch}
+    block = {"mixer": {"kind": "moa", **moe}, "feedforward": {"kind": "smoe", "hidden": 16, **moe}}
+    model = DecoderConfig.model_validate({"width": WIDTH, "depth": 2, "head_dim": HEAD_DIM, "block": block}).build(
+        9, 8, 0
+    )
+    span = Span(valid_bt=torch.ones(0, 6, dtype=torch.bool)) if masked else Span()
+    output = model(torch.zeros(0, 6, dtype=torch.long), span)
+    assert output.hidden_btd.shape == (0, 6, WIDTH) and output.auxiliary is not None and output.auxiliary == 0
+    (output.hidden_btd.sum() + output.auxiliary).backward()
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert "blocks.0.mixer.router.weight" in grads and not any(grad.any() for grad in grads.values())
+    state = model.eval().new_state(0, 8)
+    for step in (6, 1):
+        assert model(torch.zeros(0, step, dtype=torch.long), state=state).hidden_btd.shape == (0, step, WIDTH)
+    assert all(torch.tensor(list(model.diagnostics().values())).isfinite())
+
+
 # Counts and settings ------------------------------------------------------------------------------
 
 
@@ -235,11 +255,51 @@ def test_head_counts_follow_from_what_is_given() -> None:
     assert heads(head_dim=4) == (8, 4)
 
 
+def test_channels_of_a_head_follow_the_rule_of_every_attention() -> None:
+    def channels(**settings: Any) -> int:
+        return mixer(**settings).key_shape[1]
+
+    assert channels() == HEAD_DIM
+    assert channels(heads=8) == AttentionConfig(heads=8).build(context()).head_dim == 4
+    assert channels(heads=8, kv_heads=4) == 4
+    assert channels(heads=8, head_dim=16) == 16
+    assert channels(kv_heads=4) == HEAD_DIM  # more heads of the model's size
+
+
+LOST: list[tuple[str, Any, str]] = [
+    ("qk_norm", True, "qk_norm: true"),
+    ("qkv_bias", True, "qkv_bias: true"),
+    ("dropout", 0.1, r"dropout: 0\.1"),
+    ("output_norm", True, "output_norm: true"),
+    ("score_processor", {"kind": "dape"}, "score_processor: dape"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "words"), LOST)
+def test_replacing_attention_drops_nothing_silently(name: str, value: Any, words: str) -> None:
+    previous = {**AttentionConfig(window=5).model_dump(mode="json"), name: value}
+    with pytest.raises(ConfigError, match=f"replaced attention has {words} and moa has no such setting"):
+        MoAConfig.inherit(previous)
+
+
+def test_replacing_attention_keeps_sizes_window_and_position() -> None:
+    previous = AttentionConfig(heads=4, window=5, output_bias=True, position="alibi").model_dump(mode="json")
+    part: Any = parse_part("mixer", {"kind": "moa", **MoAConfig.inherit(previous)})
+    assert (part.heads, part.window, part.position.kind, part.bias) == (4, 5, "alibi", True)
+    other = {**previous, "window_convention": "plus-one"}
+    with pytest.raises(ConfigError, match="window_convention: plus-one and moa has no such setting"):
+        MoAConfig.inherit(other)
+    MoAConfig.inherit({**other, "window": None})
+    assert MoAConfig.inherit(MoAConfig(bias=False, top_k=3).model_dump(mode="json")).items() >= {
+        "bias": False, "top_k": 3,
+    }.items()  # fmt: skip
+
+
 def test_head_counts_that_do_not_fit_are_refused() -> None:
     for settings, words in (
         ({"heads": 6, "kv_heads": 2}, "heads is 6, and top_k 2 × kv_heads 2 = 4"),
         ({"top_k": 3}, "4 query heads are no multiple of top_k 3"),
-        ({"head_dim": 12}, "width 32 is no multiple of head_dim 12"),
+        ({"head_dim": 12}, "width 32 is no multiple of 1 × head_dim 12"),
     ):
         with pytest.raises(ConfigError, match=words):
             mixer(**settings)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationError
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +16,7 @@ from torchstone.errors import ConfigError
 from torchstone.models.counts import Counts, count
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.nn.context import BuildContext
-from torchstone.nn.projection.pattention import Pattention, PattentionConfig
+from torchstone.nn.projection.pattention import UNUSED, Pattention, PattentionConfig
 from torchstone.optim.adamw import AdamWConfig
 from torchstone.recipe.registry import parse_part
 
@@ -32,6 +33,11 @@ def layer(mode: str = "l2-norm-gelu", sizes: tuple[int, int, int] = (6, 5, 9), *
         parameter.data.normal_(generator=draw)
     made.fill_buffers()
     return made
+
+
+def used(mode: str, **settings: Any) -> dict[str, Any]:
+    """Of the settings those that the mode uses."""
+    return {name: value for name, value in settings.items() if name not in UNUSED[mode]}
 
 
 def inputs(*shape: int, seed: int = 7) -> Tensor:
@@ -60,7 +66,7 @@ def plain(made: Pattention, x: Tensor) -> Tensor:
 @every_mode
 @every_gelu
 def test_it_is_its_formula_and_so_are_its_gradients(mode: str, gelu: str) -> None:
-    made = layer(mode, gelu=gelu).double()
+    made = layer(mode, **used(mode, gelu=gelu)).double()
     made.tau.fill_(3.0)  # √9, without fp32's rounding of other roots
     x = inputs(2, 3, 6).requires_grad_()
     weight = inputs(2, 3, 5, seed=8)
@@ -75,7 +81,7 @@ def test_it_is_its_formula_and_so_are_its_gradients(mode: str, gelu: str) -> Non
 @every_mode
 @every_gelu
 def test_gradients_agree_with_finite_differences(mode: str, gelu: str) -> None:
-    made = layer(mode, (3, 2, 4), gelu=gelu, eps=1e-2).double()
+    made = layer(mode, (3, 2, 4), **used(mode, gelu=gelu, eps=1e-2)).double()
     keys, values = made.keys_nd.detach().requires_grad_(), made.values_ne.detach().requires_grad_()
 
     def run(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -84,11 +90,54 @@ def test_gradients_agree_with_finite_differences(mode: str, gelu: str) -> None:
     assert torch.autograd.gradcheck(run, (inputs(3, 3).requires_grad_(), keys, values), atol=1e-6)
 
 
-def test_a_second_derivative_is_refused_and_not_wrong() -> None:
-    made, x = layer(), inputs(2, 6).float().requires_grad_()
-    (gradient,) = torch.autograd.grad(made(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_second_derivative_is_refused_and_not_wrong(trained: bool) -> None:
+    made, x = layer().requires_grad_(trained), inputs(2, 6).float().requires_grad_()
+    loss = x.square().sum() + made(x).sum()  # the square alone has a second derivative
+    with pytest.raises(ConfigError, match="l2-norm-gelu has no second derivative"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("mode", ["gelu-l2-norm", "softmax", "none"])
+def test_other_modes_have_a_second_derivative(mode: str) -> None:
+    made = layer(mode, (3, 2, 4)).double().requires_grad_(False)
+    assert torch.autograd.gradgradcheck(made, inputs(3, 3).requires_grad_())
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "value"),
+    [("none", "tau", 2.0), ("none", "eps", 1e-3), ("softmax", "eps", 1e-3), ("softmax", "gelu", "tanh")],
+)
+@pytest.mark.parametrize("family", ["projection", "feedforward"])
+def test_settings_without_effect_are_refused(family: str, mode: str, name: str, value: Any) -> None:
+    part = {"kind": "pattention", "norm_mode": mode}
+    with pytest.raises(ValidationError, match=f"norm_mode {mode} does not use {name}, and {value} was given"):
+        parse_part(family, {**part, name: value})
+    whole: Any = parse_part(family, part)
+    assert parse_part(family, whole.model_dump()) == whole
+
+
+@every_mode
+def test_settings_that_a_mode_uses_have_an_effect(mode: str) -> None:
+    x = inputs(4, 6).float()
+    for name, value in used(mode, tau=2.0, eps=1.0, gelu="tanh").items():
+        assert not torch.equal(layer(mode, **{name: value})(x), layer(mode)(x)), name
+
+
+@every_mode
+def test_an_empty_batch_passes_through(mode: str) -> None:
+    made, x = layer(mode).float(), torch.zeros(0, 4, 6, requires_grad=True)
+    made(x).sum().backward()
+    assert made(x).shape == (0, 4, 5) and made.keys_nd.grad is not None and not made.keys_nd.grad.any()
+
+
+def test_tokens_of_a_feedforward_have_no_effect_beside_one_with_sizes_of_its_own() -> None:
+    for feedforward, changes in (("smoe", False), ("pattention", False), ("swiglu", True), ("mlp", True)):
+        few, many = (
+            sum(p.numel() for p in decoder({"kind": "pattention", "feedforward_tokens": n}, feedforward).parameters())
+            for n in (5, 9)
+        )
+        assert (few != many) == changes
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1e3, 1e8])
@@ -118,7 +167,8 @@ def test_one_token_is_a_sign() -> None:
 
 @every_mode
 def test_half_precision_is_near_and_keeps_the_scale(mode: str) -> None:
-    made, x = layer(mode, (64, 32, 100), tau=10.01), inputs(8, 64).float()
+    made, x = layer(mode, (64, 32, 100)), inputs(8, 64).float()
+    made.tau.fill_(10.01)
     wanted = made(x).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         mixed = made(x)

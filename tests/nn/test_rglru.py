@@ -20,8 +20,11 @@ from torchstone.nn.context import BuildContext
 from torchstone.nn.initialisation import NormalConfig
 from torchstone.nn.recurrence.block_diagonal import BlockDiagonal
 from torchstone.nn.recurrence.boundaries import boundaries
+from torchstone.nn.recurrence.convolution import TemporalConvolution
 from torchstone.nn.recurrence.rglru import RecurrentBlock, RGLRUConfig, _Gated
+from torchstone.nn.recurrence.state import RecurrentState
 from torchstone.nn.span import Span
+from torchstone.nn.state import KVCache
 from torchstone.optim.groups import decay_groups
 from torchstone.recipe.registry import parse_part
 
@@ -185,6 +188,80 @@ def test_a_refused_call_leaves_the_state_as_it_was() -> None:
 
 
 @torch.no_grad()
+def test_states_of_another_mixer_or_size_are_refused() -> None:
+    mixer = block()
+    half = mixer.new_state(2, 9, "cpu", torch.bfloat16)
+    half.tensors["h"] = half.tensors["h"].bfloat16()
+    wrong = {
+        r"h \(3, 12\) in float32": mixer.new_state(3, 9, "cpu", torch.float32),
+        r"h \(2, 18\) in float32": block(lru_width=18).new_state(2, 9, "cpu", torch.float32),
+        r"h \(2, 12\) in float32, conv \(2, 1, 12\)": block(conv_width=2).new_state(2, 9, "cpu", torch.float32),
+        r"h \(2, 12\) in bfloat16": half,
+        r"s \(2, 12\) in float32": RecurrentState({"s": torch.zeros(2, 12)}, 9),
+        "a KVCache": KVCache(2, 9, (1, 4), (1, 4), None, "cpu", torch.float32),
+    }
+    for message, state in wrong.items():
+        due = r"the state of rglru is h \(2, 12\) in fp32, conv \(2, 3, 12\) here"
+        with pytest.raises(ConfigError, match=f"{due}, and {message}"):
+            mixer(inputs(length=3), Span(), state)
+
+
+@torch.no_grad()
+def test_one_row_of_padding_serves_all_rows() -> None:
+    mixer, x_btd = block(), inputs()
+    valid_1t = (torch.arange(LENGTH) % 4 != 1)[None]
+    expected, _ = mixer(x_btd, Span(valid_bt=valid_1t.expand(2, -1)))
+    assert torch.equal(mixer(x_btd, Span(valid_bt=valid_1t))[0], expected)
+    state = mixer.new_state(2, LENGTH, "cpu", torch.float32)
+    parts = [
+        mixer(x_btd[:, part], Span(valid_bt=valid_1t[:, part]), state)[0] for part in (slice(0, 6), slice(6, LENGTH))
+    ]
+    close(torch.cat(parts, dim=1), expected)
+    assert state.batch == 2
+
+
+@torch.no_grad()
+def test_the_state_lets_the_prompt_go() -> None:
+    mixer = block()
+    for span in (Span(), Span(valid_bt=torch.ones(2, 400, dtype=torch.bool))):
+        state = mixer.new_state(2, 400, "cpu", torch.float32)
+        mixer(inputs(length=400), span, state)
+        held = sum(tensor.untyped_storage().nbytes() for tensor in (*state.tensors.values(), state.documents_b))
+        assert held == state.nbytes()
+
+
+def test_no_rows_give_no_rows() -> None:
+    mixer = block()
+    x_btd = torch.empty(0, 7, WIDTH, requires_grad=True)
+    for span in (Span(), Span(valid_bt=torch.ones(0, 7, dtype=torch.bool))):
+        y_btd, _ = mixer(x_btd, span)
+        assert y_btd.shape == x_btd.shape
+        y_btd.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("padded", [False, True])
+def test_taps_are_summed_in_fp32(dtype: torch.dtype, padded: bool) -> None:
+    """Outputs and gradients of half precision are those of fp32 with the same numbers, rounded once."""
+    found = []
+    for used in (dtype, torch.float32):
+        conv = TemporalConvolution(WIDTH, 7).to(dtype)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in conv.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype).to(used)
+        z_btd = inputs().to(dtype).to(used).requires_grad_()
+        span = Span(valid_bt=torch.arange(LENGTH) >= torch.tensor([[0], [4]])) if padded else Span()
+        limits = boundaries(span, 2, LENGTH, None, torch.device("cpu"))
+        out_btd, _ = conv(z_btd, span, limits, torch.zeros(2, 6, WIDTH))
+        assert out_btd.dtype == used
+        weight_btd = inputs(seed=5).to(dtype).to(used)
+        gradients = torch.autograd.grad((out_btd * weight_btd).sum(), [z_btd, *conv.parameters()])
+        found.append([one.to(dtype) for one in (out_btd.detach(), *gradients)])
+    for half, fine in zip(*found, strict=True):
+        assert torch.equal(half, fine)
+
+
+@torch.no_grad()
 def test_hybrid_decodes_packed_and_padded() -> None:
     model = hybrid()
     tokens_bt = torch.randint(0, 29, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -308,6 +385,8 @@ def test_block_diagonal_is_a_dense_map_with_zeros() -> None:
 def test_errors_name_both_numbers() -> None:
     with pytest.raises(ConfigError, match="12 channels and 5 blocks, and 12 is not divisible by 5"):
         RGLRUConfig(num_blocks=5).build(BuildContext(WIDTH, 4, 2, 0, 7, LENGTH))
+    with pytest.raises(ConfigError, match="50 channels, and the model's head_dim 8 does not divide them"):
+        RGLRUConfig().build(BuildContext(50, 8, 2, 0, 7, LENGTH))
     with pytest.raises(ValidationError, match="lru_width"):
         parse_part("mixer", {"kind": "rglru", "lru_width": 0})
 

@@ -147,6 +147,18 @@ def test_padding_counts_in_no_loss_and_no_statistic() -> None:
     assert balance_loss(whole, nothing) == 0 and z_loss(whole, nothing) == 0
 
 
+def test_no_tokens_have_losses_of_zero_with_gradients_of_zero() -> None:
+    z_ne = logits(tokens=0).requires_grad_()
+    routing = choose(z_ne, 2, "topk-softmax")
+    for valid_n in (None, torch.zeros(0, dtype=torch.bool)):
+        assert balance_loss(routing, valid_n) == 0 and z_loss(routing, valid_n) == 0
+        assert statistics(routing, valid_n).numbers() == {
+            "router_entropy": 0.0, "load_max": 0.0, "load_min": 0.0, "dead_experts": 6.0,
+        }  # fmt: skip
+    (balance_loss(routing, None) + z_loss(routing, None)).backward()
+    assert z_ne.grad is not None and z_ne.grad.shape == (0, 6)
+
+
 def test_a_router_leaves_both_losses_times_their_coefficients() -> None:
     made, x_btd = router(balance_coef=0.5, z_coef=0.25), inputs()
     valid_bt = torch.tensor([[True] * 5, [False, False, True, True, True], [False] * 4 + [True]])
@@ -194,6 +206,20 @@ def test_weights_stay_fp32_in_a_model_of_half_precision() -> None:
     assert made.weight.dtype == torch.float32
     routing = made(x_btd, Span())
     torch.testing.assert_close(routing.logits_ne, x_btd.flatten(0, 1).float() @ made.weight.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_stay_fp32_with_their_weights(dtype: torch.dtype) -> None:
+    made, x_btd = router(), inputs()
+    made(x_btd, Span()).logits_ne.square().sum().backward()
+    assert made.weight.grad is not None
+    weight, gradient = made.weight.detach().clone(), made.weight.grad.clone()
+    made.to(dtype)
+    assert made.weight.grad is not None and torch.equal(made.weight.grad, gradient)
+    torch.optim.SGD(made.parameters(), lr=0.5).step()
+    torch.testing.assert_close(made.weight.detach(), weight - 0.5 * gradient, rtol=1e-6, atol=1e-6)
+    made.double()
+    assert made.weight.grad is not None and made.weight.grad.dtype == made.weight.dtype == torch.float64
 
 
 def test_diagnostics_say_load_entropy_and_dead_experts() -> None:

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from torchstone.nn.context import BuildContext
 from torchstone.nn.recurrence.gated_linear import gated_linear_attention, gated_linear_recurrence
+from torchstone.nn.recurrence.gated_linear_reference import reference_gated_linear_attention
 from torchstone.nn.recurrence.hgrn2 import HGRN2, HGRN2Config
 from torchstone.nn.recurrence.lower_bounds import NAME, LowerBounds
-from torchstone.nn.recurrence.gated_linear_reference import reference_gated_linear_attention
 from torchstone.nn.span import Span
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
 import pytest
 
+from torchstone.errors import DataError
 from torchstone.lab.matching import counts_of, training_flops
 from torchstone.lab.runner import RunOptions, run_study
 from torchstone.lab.study import Arm, Cell, Measurement
+from torchstone.lab.training import STREAM
 from torchstone.recipe.load import load_recipe
 from torchstone.studies import _tokenformer as parts
 from torchstone.studies.tokenformer import TokenFormer
@@ -113,3 +116,16 @@ def test_smoke_runs_and_says_what_it_measured(tmp_path: Path) -> None:
     }
     (figure,) = result.figures
     assert {line.name for line in figure.lines} == set(cells)
+
+
+def test_arms_that_grow_take_their_own_stream_and_refuse_changed_data(cell: Cell) -> None:
+    cell.directory.mkdir()
+    arm = dataclasses.replace(cell.arm, settings={**cell.arm.settings, "stream": 1})
+    TokenFormer().measure(dataclasses.replace(cell, arm=arm, seed=2))
+    seeds = {load_recipe(cell.directory / name / "recipe.yaml").seed for name in ("small", "run")}
+    assert seeds == {2 + STREAM}
+    changed = {**cell.prepared, "data": {**cell.prepared["data"], cell.arm.name: "another"}}
+    other = dataclasses.replace(cell, prepared=changed, directory=cell.directory / "other")
+    with pytest.raises(DataError, match="the data of arm zero-fixed changed since the study was prepared.*another"):
+        TokenFormer().measure(other)
+    assert not other.directory.exists()

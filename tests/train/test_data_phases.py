@@ -22,6 +22,8 @@ from torchstone.recipe.yaml import dump_yaml
 from torchstone.studies import _jetmoe_phases as study
 from torchstone.train.budget import data_of, phases_of
 from torchstone.train.distributed import World
+from torchstone.train.growth import AppendTokens, grow_run
+from torchstone.train.precision import measure_compute
 from torchstone.train.run import load_run, train
 from torchstone.train.signals import Stop
 
@@ -284,3 +286,38 @@ def test_phases_cover_the_run_and_begin_with_their_stages(steps, warmup, decay):
     phases = phases_of(load_recipe(given))
     assert phases[0].begin == 0 and phases[-1].begin == steps - decay
     assert [phase.shares for phase in phases[:-1]] == [(0.5, 0.5)] * (len(phases) - 1)
+
+
+# Growth and timing --------------------------------------------------------------------------------
+
+
+def test_a_run_in_phases_grows_and_keeps_them(recipe, tmp_path):
+    block = {"mixer": "attention", "feedforward": "pattention", "projection": "pattention"}
+    given = recipe(model={**tiny_recipe()["model"], "block": block})
+    with pytest.raises(InterruptedRun):
+        train(given, tmp_path / "small", **stop_after(5))
+    grow_run(tmp_path / "small", tmp_path / "grown", AppendTokens(2))
+    small, grown = (run(tmp_path / name, tmp_path / name / "recipe.yaml") for name in ("small", "grown"))
+    before, after = small.history["train"], grown.history["train"]
+    assert after["steps"] == [6, 7, 8, 9, 10] and grown.taints == ()
+    assert after["loss"][0] == pytest.approx(before["loss"][5], abs=1e-5)  # the same rows, the same function
+    assert phases_of(load_recipe(tmp_path / "grown" / "recipe.yaml")) == phases_of(load_recipe(given))
+
+
+def test_growth_with_an_end_that_would_have_given_other_data_is_refused(recipe, tmp_path):
+    block = {"mixer": "attention", "feedforward": "pattention", "projection": "pattention"}
+    given = recipe(model={**tiny_recipe()["model"], "block": block})
+    with pytest.raises(InterruptedRun):
+        train(given, tmp_path / "small", **stop_after(5))
+    with pytest.raises(ConfigError, match="the run has done 5 steps, and step 4 was in the stage stable"):
+        grow_run(tmp_path / "small", tmp_path / "grown", AppendTokens(2), until=8)
+    assert not (tmp_path / "grown").exists()
+    grow_run(tmp_path / "small", tmp_path / "grown", AppendTokens(2), until=12)
+    assert run(tmp_path / "grown", tmp_path / "grown" / "recipe.yaml").steps == 12
+
+
+def test_precision_is_measured_on_rows_of_the_phases(recipe, texts):
+    """The mixture's own shares would not fill a batch of four rows; those of the stages do."""
+    phases = {name: [0.5, 0.5] for name in ("warmup", "stable", "decay")}
+    given = load_recipe(recipe(data={**texts, "shares": [0.99, 0.01]}, data_phases=phases, precision="auto"))
+    assert measure_compute(given, torch.device("cpu")).measured.keys() >= {"fp32", "bf16"}

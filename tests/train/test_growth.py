@@ -12,10 +12,11 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from torchstone.errors import CheckpointError, ConfigError, DataError, InterruptedRun
+from torchstone.errors import BudgetError, CheckpointError, ConfigError, DataError, InterruptedRun
 from torchstone.recipe.fingerprint import fingerprint
 from torchstone.recipe.load import load_recipe
-from torchstone.train.budget import counts_of
+from torchstone.recipe.schema import Budget
+from torchstone.train.budget import counts_of, tokens_per_step
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.growth import AppendTokens, AppendUnits, grow_run
 from torchstone.train.loop import Callback, RunView
@@ -207,3 +208,52 @@ def test_a_crash_while_writing_leaves_no_run(small: Path, tmp_path: Path, monkey
     with pytest.raises(RuntimeError, match="the disk is gone"):
         grow_run(small, tmp_path / "grown", AppendTokens(2))
     assert list(tmp_path.iterdir()) == []
+
+
+# Budgets --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("unit", ["flops", "tokens_per_parameter", "tokens"])
+def test_a_budget_that_the_size_prices_becomes_one_in_steps(tmp_path: Path, unit: str) -> None:
+    """A doubled model would end before it begins: 14 steps at the small size are 7 or fewer at the large one."""
+    given = load_recipe(recipe())
+    counts, per_step = counts_of(given), tokens_per_step(given)
+    whole = {
+        "flops": TOTAL * per_step * counts.training_flops_per_token,
+        "tokens_per_parameter": TOTAL * per_step / counts.non_embedding,
+        "tokens": TOTAL * per_step,
+    }
+    run({**recipe(), "budget": {unit: whole[unit]}}, tmp_path / "small", until=10)
+    grow_run(tmp_path / "small", tmp_path / "grown", AppendTokens(2))
+    assert load_recipe(tmp_path / "grown" / "recipe.yaml").budget == Budget(steps=TOTAL)
+    summary = run(tmp_path / "grown" / "recipe.yaml", tmp_path / "grown")
+    assert summary is not None and summary.steps == TOTAL
+    assert summary.history["train"]["steps"] == list(range(11, TOTAL + 1))
+
+
+def test_another_end_can_be_asked_for(small: Path, tmp_path: Path) -> None:
+    grow_run(small, tmp_path / "grown", AppendTokens(2), until=9)
+    summary = run(tmp_path / "grown" / "recipe.yaml", tmp_path / "grown")
+    assert summary is not None and summary.history["train"]["steps"] == [7, 8, 9]
+    with pytest.raises(
+        BudgetError, match=f"to end at step {STEPS}, and the checkpoint is that of step {STEPS}.*more than"
+    ):
+        grow_run(small, tmp_path / "other", AppendTokens(2), until=STEPS)
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_budget_that_is_spent_before_the_first_step_is_said_to_be(small: Path, tmp_path: Path) -> None:
+    shutil.copytree(small, tmp_path / "small")
+    run(recipe(), tmp_path / "small")
+    grow_run(tmp_path / "small", tmp_path / "grown", AppendTokens(2))
+    files = {path: path.read_bytes() for path in (tmp_path / "grown").rglob("*") if path.is_file()}
+    for changes in ([], ["budget.steps=3"]):
+        given = load_recipe(tmp_path / "grown" / "recipe.yaml", changes)
+        with pytest.raises(BudgetError, match=rf"stands at step {TOTAL}.*budget\.steps=N with N above {TOTAL}"):
+            train(given, tmp_path / "grown", progress=lambda state: None)
+        found = {path: path.read_bytes() for path in (tmp_path / "grown").rglob("*") if path.is_file()}
+        assert found == files
+    longer = load_recipe(tmp_path / "grown" / "recipe.yaml", [f"budget.steps={TOTAL + 2}"])
+    assert train(longer, tmp_path / "grown", progress=lambda state: None).steps == TOTAL + 2
+    again = load_recipe(longer, ["budget.steps=5"])  # a run with steps of its own is finished, not empty
+    assert train(again, tmp_path / "grown", progress=lambda state: None).steps == TOTAL + 2

@@ -8,12 +8,13 @@ import pytest
 import torch
 from tiny import tiny_recipe
 
-from torchstone.errors import CheckpointError, ConfigError, DependencyError
+from torchstone.errors import CheckpointError, ConfigError, DataError, DependencyError
 from torchstone.recipe.load import load_recipe
 from torchstone.train import preflight
 from torchstone.train.budget import counts_of
 from torchstone.train.checkpoint import CheckpointStore
 from torchstone.train.distributed import World
+from torchstone.train.run import train
 
 CPU = torch.device("cpu")
 
@@ -74,3 +75,40 @@ def test_a_mixture_computes_the_logits_of_as_many_tokens_less_at_a_time(monkeypa
         recipe = load_recipe(tiny_recipe(model={**tiny_recipe()["model"], "head": head}))
         preflight.check_memory(recipe, counts_of(recipe), 4, 10**12, "cpu")
     assert [given[4] for given in asked] == [128, 32]
+
+
+@pytest.fixture
+def rearranged(tmp_path, monkeypatch):
+    """Plain data of a run on rearranged bytes: rearranged(fim_token=257, end_token=256, order="goal-first")."""
+    monkeypatch.setenv("TORCHSTONE_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"the {number} cats sat.\n" for number in range(400)))
+
+    def make(order="goal-first", **tokens):
+        text = {"kind": "text", "corpus": {"kind": "files", "paths": str(path)}, "tokenizer": "bytes", "length": 32}
+        data = {"kind": "fill-in-the-middle", "text": text, "piece": 20, "goal_min": 2, "goal_max": 6, "order": order}
+        objective = {"kind": "fill-in-the-middle", "fim_token": 257, "end_token": 256, **tokens}
+        return tiny_recipe(data=data, objective=objective)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        ({"fim_token": 256}, r"objective\.fim_token is 256, and this data writes 257.*set objective\.fim_token=257"),
+        ({"fim_token": 999}, r"objective\.fim_token is 999, and this data writes 257"),
+        ({"end_token": 255}, r"objective\.end_token is 255, and this data writes 256.*set objective\.end_token=256"),
+    ],
+)
+def test_an_objective_that_looks_for_other_tokens_is_refused(rearranged, tmp_path, tokens, words):
+    with pytest.raises(ConfigError, match=words):
+        train(rearranged(**tokens), tmp_path / "run", progress=lambda state: None)
+    assert not (tmp_path / "run" / "run.json").exists()
+    train(rearranged(), tmp_path / "run", progress=lambda state: None)
+
+
+def test_a_batch_in_which_nothing_is_scored_is_said_to_be(rearranged, tmp_path):
+    with pytest.raises(DataError, match=r"fill-in-the-middle scores nothing in the 4 sequences of step 0.*goal-first"):
+        train(rearranged("as-written"), tmp_path / "run", progress=lambda state: None)
+    assert not (tmp_path / "run" / "crash").exists()

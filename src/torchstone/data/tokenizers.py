@@ -98,7 +98,7 @@ class HuggingFaceTokenizerConfig(Part):
 
 
 class ByteTokenizer:
-    """UTF-8 bytes; ids that form no character decode to U+FFFD."""
+    """UTF-8 bytes; bytes that form no character decode to U+FFFD, ids that are no byte to nothing."""
 
     vocab_size = 257
     end_of_document = 256
@@ -114,7 +114,7 @@ class ByteTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the bytes."""
-        return bytes(token for token in tokens if token != self.end_of_document).decode(errors="replace")
+        return bytes(token for token in tokens if 0 <= token < 256).decode(errors="replace")
 
 
 class FileTokenizer:
@@ -172,7 +172,7 @@ class FileTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; ids without text give nothing."""
-        known = [token for token in tokens if token != self.end_of_document]
+        known = [token for token in tokens if 0 <= token < self.vocab_size and token != self.end_of_document]
         return self._inner.decode(known, skip_special_tokens=False)
 
 

@@ -53,4 +53,12 @@ ANALYSES: dict[str, Analysis] = {
         "torchstone.diagnose.expert_load:expert_load_finding",
         "Which experts tokens go to, by class of token, and which are never used.",
     ),
+    "memory": Analysis(
+        "torchstone.diagnose.memory:memory_finding",
+        "How many tokens hgrn2 and rglru layers remember, and the bytes of the state by context length.",
+    ),
+    "token-usage": Analysis(
+        "torchstone.diagnose.token_usage:token_usage_finding",
+        "How much of the output each parameter token of a Pattention layer carries.",
+    ),
 }

@@ -33,6 +33,7 @@ from torchstone.report.result import Table
 
 CLASSES = ("letters", "digits", "whitespace", "punctuation", "other")
 PARTS = {"feedforward": "feed-forward", "mixer": "attention"}
+SHORT = {"feedforward": "ffn", "mixer": "heads"}  # in tables, which a terminal shows in 80 columns
 DEFAULT_LENGTH = 512
 ROWS_AT_ONCE = 8
 
@@ -139,15 +140,16 @@ def _require_experts(subject: Subject) -> None:
         ) from error
 
 
-def _place(load: RouterLoad) -> tuple[int, str]:
-    """Layer and part of a router of a decoder (`blocks.3.feedforward`)."""
-    _, layer, part = load.name.rsplit(".", 2)
-    return int(layer), part
+def _place(load: RouterLoad) -> tuple[int | str, str]:
+    """Layer and part of a router: (3, "feedforward") for `blocks.3.feedforward`; the layer of a further encoder has its name:
+    ("backward_encoder 3", "feedforward") for `backward_encoder.blocks.3.feedforward`."""
+    *encoder, _, layer, part = load.name.split(".")
+    return (f"{'.'.join(encoder)} {layer}" if encoder else int(layer)), part
 
 
-def _row_name(load: RouterLoad) -> tuple[int, str]:
+def _row_name(load: RouterLoad) -> tuple[int | str, str]:
     layer, part = _place(load)
-    return layer, PARTS[part]
+    return layer, SHORT[part]
 
 
 def _mean(values: Sequence[float]) -> float:

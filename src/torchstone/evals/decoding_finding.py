@@ -124,16 +124,19 @@ def _bytes(cost: DecodingCost) -> str:
 
 
 def _table(costs: list[DecodingCost]) -> Table:
-    columns = (
-        "context (tokens)", "state (bytes per sequence)", "bytes per token of context", "ms per step", "low quartile",
-        "high quartile", "tokens/s",
-    )  # fmt: skip
+    """Sizes first as people read them; the last column has the bytes themselves, for the CSV file."""
     rows = []
     for cost in costs:
-        low, middle, high = cost.quartiles
-        state = cost.state_bytes / cost.rows
-        rows.append((cost.length, state, state / cost.length, middle, low, high, cost.tokens_per_second))
-    return Table(title="Cost by context length", columns=columns, rows=tuple(rows))
+        (low, middle, high), state = cost.quartiles, cost.state_bytes / cost.rows
+        times = (middle, low, high, cost.tokens_per_second)
+        rows.append((cost.length, numbers.size(state), numbers.size(state / cost.length), *times, state))
+    return Table(
+        title="Cost by context length",
+        columns=("context", "state", "per token", "ms/step", "low", "high", "tokens/s", "state (bytes)"),
+        rows=tuple(rows),
+        note="Context in tokens; state of one sequence, and its share for each token of context; median and quartiles (low, high) "
+        "of the milliseconds of a step.",
+    )
 
 
 def _figures(costs: list[DecodingCost]) -> tuple[Figure, ...]:

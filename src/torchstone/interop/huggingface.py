@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from torchstone.errors import ConfigError, DataError, DependencyError
 from torchstone.interop.exporting import OWN_TYPE
+from torchstone.interop.settings import MOST_DEPTH, MOST_HEADS, MOST_TOKENS, MOST_VOCABULARY, MOST_WIDTH
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.nn.precision import Fine
 from torchstone.nn.span import Span
@@ -73,10 +74,23 @@ class TorchstoneConfig(PreTrainedConfig):
             first = error.errors()[0]
             place = ".".join(map(str, ("model", *first["loc"])))
             raise ConfigError(f"config.json describes no model of torchstone: {place}: {first['msg']}.") from error
-        if not isinstance(part, DecoderConfig) or min(self.vocab_size, self.length) < 1:
+        if not isinstance(part, DecoderConfig):
             raise ConfigError(
-                "this config.json describes no decoder with a vocabulary and a length; give one that `torchstone export` wrote."
+                f"config.json describes a model of kind {part.kind!r}; give one that `torchstone export` wrote."
             )
+        sizes: dict[str, tuple[Any, int]] = {
+            "vocab_size": (self.vocab_size, MOST_VOCABULARY),
+            "length": (self.length, MOST_TOKENS),
+            "model.width": (part.width, MOST_WIDTH),
+            "model.depth": (part.depth, MOST_DEPTH),
+            "model.head_dim": (part.head_dim, MOST_HEADS),
+        }
+        for name, (value, most) in sizes.items():
+            if type(value) is not int or not 1 <= value <= most:
+                raise ConfigError(
+                    f"config.json has {name}={value!r:.80}; a whole number from 1 to {most} is due. Give one that `torchstone "
+                    "export` wrote."
+                )
         return part
 
     @property

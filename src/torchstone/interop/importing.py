@@ -5,8 +5,10 @@
         run.json         record of the run
         checkpoints/     step 0: the weights
 
-Only settings and tensors are read. Code that comes with a checkpoint is never run; a folder that brings some is refused, since
-its code may mean another model than its `model_type` says, unless the caller vouches for it.
+The folder appears whole or not at all. Sizes are compared with the headers of the weights before anything of that size is
+built. Only settings and tensors are read. Code that comes with a checkpoint is never run; a folder that brings some beside
+its config.json is refused, since its code may mean another model than its `model_type` says, unless the caller vouches for
+it.
 
 Known families: the Llama family (`interop.llama`), RecurrentGemma, JetMoE. Whatever a checkpoint has and torchstone's parts
 do not is an error that names it.
@@ -18,9 +20,9 @@ start a prompt with it where the model expects one. The recipe names the tokeniz
 from __future__ import annotations
 
 import json
-import shutil
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +30,29 @@ import torch
 
 from torchstone.errors import ConfigError, DataError, DependencyError
 from torchstone.interop import jetmoe, llama, recurrent_gemma
-from torchstone.interop.settings import CONFIG, Settings, read_json
+from torchstone.interop.settings import CONFIG, MOST_TOKENS, MOST_VOCABULARY, Settings, read_json
 from torchstone.interop.tensors import Source, Weights, fill
 from torchstone.interop.tokenizer import FILE, SETTINGS, fill_vocabulary, known_ids
 from torchstone.models.decoder import Decoder
 from torchstone.nn.attention.multihead import WindowConvention
+from torchstone.recipe.fingerprint import fingerprint
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.registry import parse_part
 from torchstone.recipe.schema import Recipe
-from torchstone.storage.atomic import atomic_write
+from torchstone.recipe.yaml import dump_yaml
+from torchstone.storage.atomic import atomic_directory, atomic_write
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World
 from torchstone.train.loop import Position
 from torchstone.train.precision import Choice, Compute
-from torchstone.train.record import start_run
+from torchstone.train.record import RECIPE, RECORD, start_run
 from torchstone.train.resume import training_environment
 from torchstone.train.state import optimizer_tensors
 
-DOWNLOADED = ("*.json", "*.safetensors")
+DOWNLOADED = ("*.json", "*.safetensors", "merges.txt", "tokenizer.model")
+NOT_DOWNLOADED = ("*/*",)  # copies in other forms, in folders
+EMBEDDING = "model.embed_tokens.weight"
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 MOST_LENGTH = 1024  # tokens of a training sequence unless the caller says otherwise
 TABLES = (".rotary_emb.inv_freq",)  # computed anew
 
@@ -108,25 +115,27 @@ def import_checkpoint(
         raise ConfigError(f"{directory} exists already; give a folder that does not, so that nothing is overwritten.")
     folder = _folder(source, revision)
     settings = _settings(folder, trust_remote_code)
-    kind = settings.take("model_type")
+    kind = settings.take_text("model_type")
     model, family = _model(kind, settings, window_convention)
-    vocab_size = settings.take("vocab_size")
-    length = min(int(settings.take("max_position_embeddings", MOST_LENGTH)), MOST_LENGTH)
+    vocab_size = settings.take_int("vocab_size", 1, MOST_VOCABULARY)
+    length = min(settings.take_int("max_position_embeddings", 1, MOST_TOKENS, MOST_LENGTH), MOST_LENGTH)
     settings.finish()
-    directory.mkdir(parents=True)
-    try:
-        data = _data(folder, directory, vocab_size, length)
-        recipe = _recipe(model, data, overrides, vocab_size)
-        decoder = recipe.model.skeleton(vocab_size, recipe.data.sequence_length())
-        with Weights(folder) as weights:
+    with Weights(folder) as weights:
+        _check_sizes(model, vocab_size, weights)
+        with atomic_directory(directory) as partial:
+            end = _write_tokenizer(folder, partial, vocab_size)
+            there = (partial / FILE).is_file()
+            staged, recipe = (
+                _recipe(model, _data(place / FILE if there else None, end, length), overrides)
+                for place in (partial, directory)
+            )
+            _check_vocabulary(staged, vocab_size)
+            decoder = recipe.model.skeleton(vocab_size, recipe.data.sequence_length())
             ignored = [*TABLES, *_tied(decoder, weights)]
             tensors = fill(decoder.state_dict(), family.sources(decoder), weights, ignored)
             decoder.load_state_dict(tensors, assign=True)
-        parameters = sum(parameter.numel() for parameter in decoder.parameters())
-        _write_run(directory, recipe, decoder)
-    except BaseException:
-        shutil.rmtree(directory, ignore_errors=True)
-        raise
+            parameters = sum(parameter.numel() for parameter in decoder.parameters())
+            _write_run(partial, staged, recipe, decoder)
     return Import(directory, kind, parameters, recipe)
 
 
@@ -140,6 +149,8 @@ def _folder(source: str | Path, revision: str | None) -> Path:
         if revision is not None:
             raise ConfigError(f"a revision was given and {source} is a folder; leave it out.")
         return path
+    if path.is_file():
+        raise ConfigError(f"{source} is a file; give the folder that holds it.")
     if path.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
         raise ConfigError(f"{source} is no folder and no hub id such as Qwen/Qwen3-0.6B; give one.")
     try:
@@ -147,7 +158,8 @@ def _folder(source: str | Path, revision: str | None) -> Path:
     except ImportError as error:
         raise DependencyError("a hub id needs huggingface_hub: pip install 'torchstone[hf]'") from error
     try:
-        return Path(snapshot_download(str(source), revision=revision, allow_patterns=list(DOWNLOADED)))
+        kept, left = list(DOWNLOADED), list(NOT_DOWNLOADED)
+        return Path(snapshot_download(str(source), revision=revision, allow_patterns=kept, ignore_patterns=left))
     except Exception as error:  # network and hub errors of several libraries
         first = str(error).strip().split("\n")[0]
         raise DataError(
@@ -195,12 +207,29 @@ def _model(kind: str, settings: Settings, convention: WindowConvention | None) -
     return families[kind].model(settings), families[kind]
 
 
+def _check_sizes(model: Mapping[str, Any], vocab_size: int, weights: Weights) -> None:
+    """Raise DataError unless vocabulary, width and depth are those of the tensors, by their headers alone."""
+    shape, due = weights.shape(EMBEDDING), [vocab_size, model["width"]]
+    if shape != due:
+        raise DataError(
+            f"{weights.folder}: {EMBEDDING} has shape {shape}, the settings in config.json ask for {due}; the two do not "
+            "belong together."
+        )
+    layers = {int(match[1]) for name in weights.names() if (match := LAYER.match(name))}
+    if layers != set(range(model["depth"])):
+        raise DataError(
+            f"{weights.folder} holds tensors of {len(layers)} layers and config.json has "
+            f"num_hidden_layers={model['depth']}; the two do not belong together."
+        )
+
+
 def _tied(decoder: Decoder, weights: Weights) -> list[str]:
     """The output matrix of a tied model, which a checkpoint may hold a second time; raises DataError if it differs."""
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    head = "lm_head.weight"
     if not decoder.head.tied or head not in weights.names():
         return []
-    if not torch.equal(weights.take(head), weights.take(embedding)):
+    second, first = weights.take(head), weights.take(EMBEDDING)
+    if second.dtype != first.dtype or not torch.equal(second, first):
         raise DataError(
             f"{weights.folder} holds an {head} of its own although tie_word_embeddings is true; correct the setting."
         )
@@ -210,15 +239,22 @@ def _tied(decoder: Decoder, weights: Weights) -> list[str]:
 # The run -----------------------------------------------------------------------------------------------
 
 
-def _data(folder: Path, directory: Path, vocab_size: int, length: int) -> dict[str, Any]:
-    """Plain data of the recipe's data section; writes the tokenizer's file into the run directory."""
+def _write_tokenizer(folder: Path, directory: Path, vocab_size: int) -> str | None:
+    """Write the checkpoint's tokenizer, if it has one, into the directory; the name of the token that ends a text, if known."""
     content = _tokenizer_content(folder)
-    if content is None:  # a data section of the caller's must know the vocabulary
+    if content is None:
+        return None
+    where = folder / FILE
+    fill_vocabulary(content, vocab_size, where)
+    atomic_write(directory / FILE, json.dumps(content, ensure_ascii=False) + "\n")
+    return _end(folder, known_ids(content, where))
+
+
+def _data(file: Path | None, end: str | None, length: int) -> dict[str, Any]:
+    """Plain data of the recipe's data section, with a tokenizer's file or, where there is none, with bytes."""
+    if file is None:  # a data section of the caller's must know the vocabulary
         return {"kind": "text", "tokenizer": {"kind": "bytes"}, "length": length}
-    fill_vocabulary(content, vocab_size)
-    path = (directory / FILE).resolve()
-    atomic_write(path, json.dumps(content, ensure_ascii=False) + "\n")
-    tokenizer = {"kind": "huggingface", "path": str(path), "end_of_document": _end(folder, known_ids(content))}
+    tokenizer = {"kind": "huggingface", "path": str(file.resolve()), "end_of_document": end}
     return {"kind": "text", "tokenizer": tokenizer, "length": length}
 
 
@@ -228,9 +264,24 @@ def _tokenizer_content(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / FILE)
     if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", SETTINGS)):
         return None
+    if (folder / "vocab.json").is_file() and not any(
+        (folder / name).is_file() for name in ("merges.txt", "tokenizer.model")
+    ):
+        raise DataError(f"{folder} holds vocab.json and no merges.txt, which belongs to it; add it, or a {FILE}.")
+    if (folder / SETTINGS).is_file() and read_json(folder / SETTINGS).get("auto_map"):
+        raise ConfigError(
+            f"the tokenizer of {folder} is code of its own (auto_map in {SETTINGS}), which torchstone never runs; add a {FILE} "
+            "to the folder."
+        )
     from torchstone.diagnose.adapters.loading import load_tokenizer
 
-    tokenizer = load_tokenizer(str(folder), None, False)
+    try:
+        tokenizer = load_tokenizer(str(folder), None, False)
+    except DataError as error:
+        first = str(error.__cause__ or error).strip().split("\n")[0]
+        raise DataError(
+            f"transformers cannot make a {FILE} of the tokenizer of {folder} ({first}); add one."
+        ) from error
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise DataError(f"the tokenizer of {folder} has no {FILE} form; add one to the folder.")
@@ -248,12 +299,12 @@ def _end(folder: Path, names: Mapping[int, str]) -> str | None:
             return str(name)
         number = found.get("eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
-        if isinstance(number, int) and number in names:
+        if type(number) is int and number in names:
             return names[number]
     return None
 
 
-def _recipe(model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str], vocab_size: int) -> Recipe:
+def _recipe(model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequence[str]) -> Recipe:
     """The run's recipe: the imported model, and settings to train on with."""
     start = {
         "model": model,
@@ -268,21 +319,35 @@ def _recipe(model: Mapping[str, Any], data: Mapping[str, Any], overrides: Sequen
     recipe = load_recipe(start, overrides)
     if recipe.model != parse_part("model", dict(model)):
         raise ConfigError("an override changes the model, which is the checkpoint's; override other sections only.")
+    return recipe
+
+
+def _check_vocabulary(recipe: Recipe, vocab_size: int) -> None:
+    """Raise ConfigError unless the data's tokenizer has the model's ids."""
     found = recipe.data.vocabulary()
     if found != vocab_size:
         raise ConfigError(
             f"the model has {vocab_size} token ids and the data's tokenizer {found}. The checkpoint has no tokenizer of its "
             "own: put its tokenizer.json into the folder, or override the data section, for example data.tokenizer=PATH."
         )
-    return recipe
 
 
-def _write_run(directory: Path, recipe: Recipe, model: Decoder) -> None:
-    """The record and the checkpoint of step 0."""
+def _write_run(directory: Path, staged: Recipe, recipe: Recipe, model: Decoder) -> None:
+    """The record and the checkpoint of step 0.
+
+    Args:
+        directory: a folder under a partial name.
+        staged: the recipe whose tokenizer's file is in that folder.
+        recipe: the same with the file where it will be.
+        model: with its weights.
+    """
     world = World(0, 1, torch.device("cpu"))
-    data = recipe.data.build(None)
+    data = staged.data.build(None)
     compute = Compute("fp32" if recipe.precision == "auto" else recipe.precision, recipe.compile is True)
-    record = start_run(directory, recipe, data.fingerprint, world, lambda: Choice(compute))
+    record = start_run(directory, staged, data.fingerprint, world, lambda: Choice(compute))
+    record = replace(record, fingerprint=fingerprint(recipe, data=record.data))
+    atomic_write(directory / RECIPE, dump_yaml(recipe))
+    atomic_write(directory / RECORD, json.dumps(asdict(record), indent=1) + "\n")
     tensors, plain = optimizer_tensors(recipe.optimizer.build(model))
     content = {
         "position": asdict(Position()),

@@ -17,12 +17,21 @@ from typing import Any
 from torch import Tensor
 
 from torchstone.errors import ConfigError
-from torchstone.interop.settings import Settings, rotary_of
+from torchstone.interop.settings import (
+    MOST_DEPTH,
+    MOST_EXPERTS,
+    MOST_HEADS,
+    MOST_HIDDEN,
+    MOST_WIDTH,
+    Settings,
+    rotary_of,
+)
 from torchstone.interop.tensors import Source
 from torchstone.models.decoder import Decoder
 
 EPS = 1e-6
 Z_SHARE = 0.1  # of the balance coefficient
+MOST_COEFFICIENT = 1e6
 OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.gain": "model.norm.weight"}
 OUTSIDE |= {"head.project.weight": "lm_head.weight"}
 INSIDE = {
@@ -42,32 +51,34 @@ HALVES = {"mixer.w_k.weight": 0, "mixer.w_v.weight": 1}  # of kv_proj
 
 def model_of(settings: Settings) -> dict[str, Any]:
     """Plain data of the decoder; raises ConfigError."""
-    eps = settings.take("rms_norm_eps", EPS)
+    eps = settings.take_float("rms_norm_eps", 0, 1, EPS)
     if eps != EPS:
         raise ConfigError(
             f"{settings.where} has rms_norm_eps={eps:g}, which holds for the last norm alone (the others have {EPS:g}); "
             "torchstone has one eps for all."
         )
     settings.only("activation_function", "silu")
+    settings.only("attention_dropout", 0.0)
     settings.take("output_router_logits", False)
-    head_dim = settings.take("kv_channels", None) or settings.take("head_dim", 128)
-    settings.take("head_dim", None)
-    balance, top_k = float(settings.take("aux_loss_coef", 0.01)), settings.take("num_experts_per_tok", 2)
-    kv_heads = settings.take("num_key_value_heads")
+    of_values, of_heads = (settings.find_int(name, 1, MOST_HEADS) for name in ("kv_channels", "head_dim"))
+    head_dim = of_values or of_heads or 128
+    balance = settings.take_float("aux_loss_coef", 0, MOST_COEFFICIENT, 0.01)
+    top_k = settings.take_int("num_experts_per_tok", 1, MOST_EXPERTS, 2)
+    kv_heads = settings.take_int("num_key_value_heads", 1, MOST_HEADS)
     if settings.take("num_attention_heads", kv_heads * top_k) != kv_heads * top_k:
         raise ConfigError(
             f"{settings.where} has num_attention_heads other than num_key_value_heads × num_experts_per_tok."
         )
     routed = {
-        "num_experts": settings.take("num_local_experts", 8),
+        "num_experts": settings.take_int("num_local_experts", 1, MOST_EXPERTS, 8),
         "top_k": top_k,
         "balance_coef": balance,
         "z_coef": Z_SHARE * balance,
     }
     return {
         "kind": "decoder",
-        "width": settings.take("hidden_size"),
-        "depth": settings.take("num_hidden_layers"),
+        "width": settings.take_int("hidden_size", 1, MOST_WIDTH),
+        "depth": settings.take_int("num_hidden_layers", 1, MOST_DEPTH),
         "head_dim": head_dim,
         "block": {
             "mixer": {
@@ -77,10 +88,10 @@ def model_of(settings: Settings) -> dict[str, Any]:
                 "head_dim": head_dim,
                 "position": rotary_of(settings),
             },
-            "feedforward": {"kind": "smoe", **routed, "hidden": settings.take("intermediate_size")},
+            "feedforward": {"kind": "smoe", **routed, "hidden": settings.take_int("intermediate_size", 1, MOST_HIDDEN)},
             "norm": {"kind": "rmsnorm", "eps": EPS},
         },
-        "head": {"kind": "linear", "tied": bool(settings.take("tie_word_embeddings", True))},
+        "head": {"kind": "linear", "tied": settings.take_flag("tie_word_embeddings", True)},
     }
 
 

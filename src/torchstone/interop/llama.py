@@ -26,7 +26,15 @@ import torch
 from torch import Tensor
 
 from torchstone.errors import ConfigError
-from torchstone.interop.settings import Settings, rotary_of
+from torchstone.interop.settings import (
+    MOST_DEPTH,
+    MOST_HEADS,
+    MOST_HIDDEN,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    Settings,
+    rotary_of,
+)
 from torchstone.interop.tensors import Source
 from torchstone.models.decoder import Decoder
 from torchstone.nn.attention.multihead import MultiHeadAttention
@@ -65,27 +73,31 @@ def their_name(name: str) -> str:
 
 def model_of(family: str, settings: Settings) -> dict[str, Any]:
     """Plain data of the decoder that a config.json of this family describes; raises ConfigError."""
-    width, heads = settings.take("hidden_size"), settings.take("num_attention_heads")
+    width, heads = (
+        settings.take_int("hidden_size", 1, MOST_WIDTH),
+        settings.take_int("num_attention_heads", 1, MOST_HEADS),
+    )
     default = 128 if family == "qwen3" else width // heads
-    head_dim = settings.take("head_dim", None) or default
-    eps = settings.take("rms_norm_eps", 1e-6)
+    head_dim = settings.find_int("head_dim", 1, MOST_HEADS) or default
+    eps = settings.take_float("rms_norm_eps", 0, 1, 1e-6)
     qk_norm = family == "qwen3"
     if qk_norm and eps != QK_EPS:
         raise ConfigError(f"{settings.where} has rms_norm_eps={eps:g}; torchstone's norms of q and k have {QK_EPS:g}.")
-    full_bias = False if family in ("mistral", "qwen2") else bool(settings.take("attention_bias", False))
+    full_bias = family not in ("mistral", "qwen2") and settings.take_flag("attention_bias", False)
     mixer: dict[str, Any] = {
         "kind": "attention",
         "heads": heads,
         "kv_heads": _kv_heads(family, settings, heads),
         "head_dim": head_dim,
         "qk_norm": qk_norm,
+        "dropout": settings.take_float("attention_dropout", 0, 1, 0.0),
         "qkv_bias": full_bias or family == "qwen2",
         "output_bias": full_bias,
         "position": rotary_of(settings),
     }
     settings.only("hidden_act", "silu", "swish")
     settings.only("mlp_bias", False)
-    depth = settings.take("num_hidden_layers")
+    depth = settings.take_int("num_hidden_layers", 1, MOST_DEPTH)
     windows = _windows(family, settings, depth)
     model: dict[str, Any] = {
         "kind": "decoder",
@@ -94,10 +106,10 @@ def model_of(family: str, settings: Settings) -> dict[str, Any]:
         "head_dim": head_dim,
         "block": {
             "mixer": {**mixer, "window": windows[0]},
-            "feedforward": {"kind": "swiglu", "hidden": settings.take("intermediate_size")},
+            "feedforward": {"kind": "swiglu", "hidden": settings.take_int("intermediate_size", 1, MOST_HIDDEN)},
             "norm": {"kind": "rmsnorm", "eps": eps},
         },
-        "head": {"kind": "linear", "tied": bool(settings.take("tie_word_embeddings", False))},
+        "head": {"kind": "linear", "tied": settings.take_flag("tie_word_embeddings", False)},
     }
     if len(set(windows)) > 1:
         model["pattern"] = [{**mixer, "window": window} for window in windows]
@@ -106,22 +118,23 @@ def model_of(family: str, settings: Settings) -> dict[str, Any]:
 
 def _kv_heads(family: str, settings: Settings, heads: int) -> int:
     """Key-value heads; only Llama's may be left out, for as many as query heads."""
-    given = settings.take("num_key_value_heads", None) if family == "llama" else settings.take("num_key_value_heads")
-    return heads if given is None else int(given)
+    if family == "llama":
+        return settings.find_int("num_key_value_heads", 1, MOST_HEADS) or heads
+    return settings.take_int("num_key_value_heads", 1, MOST_HEADS)
 
 
 def _windows(family: str, settings: Settings, depth: int) -> list[int | None]:
     """The sliding window of every layer; keys in it, the current one included, as torchstone counts."""
     if family == "llama":
         return [None] * depth
-    window = settings.take("sliding_window", 4096)
-    kinds = settings.take("layer_types", None)
+    window = settings.find_int("sliding_window", 1, MOST_TOKENS) if settings.has("sliding_window") else 4096
+    kinds = settings.find_names("layer_types")
     if family == "mistral":
         kinds = None
         first = 0
     else:
-        first = settings.take("max_window_layers", 28)
-        if not settings.take("use_sliding_window", False):
+        first = settings.take_int("max_window_layers", 0, MOST_TOKENS, 28)
+        if not settings.take_flag("use_sliding_window", False):
             window = None
     if kinds is None:
         return [window if layer >= first else None for layer in range(depth)]

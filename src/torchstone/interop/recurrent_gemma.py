@@ -17,13 +17,22 @@ from typing import Any
 from torch import Tensor
 
 from torchstone.errors import ConfigError
-from torchstone.interop.settings import Settings, rotary_of
+from torchstone.interop.settings import (
+    MOST_DEPTH,
+    MOST_HEADS,
+    MOST_HIDDEN,
+    MOST_TOKENS,
+    MOST_WIDTH,
+    Settings,
+    rotary_of,
+)
 from torchstone.interop.tensors import Source
 from torchstone.models.decoder import Decoder
 from torchstone.nn.attention.multihead import WindowConvention
 
 OFFICIAL: WindowConvention = "plus-one"
 BLOCKS = ("recurrent", "recurrent", "attention")
+MOST_TAPS, MOST_CAP = 1024, 1e6  # of the convolution; of logits
 OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.gain": "model.final_norm.weight"}
 INSIDE = {
     "mixer_norm.gain": "temporal_pre_norm.weight",
@@ -49,8 +58,11 @@ def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]
         settings: config.json.
         convention: what a window of W means.
     """
-    width, heads = settings.take("hidden_size"), settings.take("num_attention_heads")
-    both = settings.take("intermediate_size")
+    width, heads = (
+        settings.take_int("hidden_size", 1, MOST_WIDTH),
+        settings.take_int("num_attention_heads", 1, MOST_HEADS),
+    )
+    both = settings.take_int("intermediate_size", 2, MOST_HIDDEN)
     head_dim = width // heads
     if settings.take("head_dim", head_dim) != head_dim or both % 2:
         raise ConfigError(
@@ -59,27 +71,29 @@ def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]
         )
     settings.only("hidden_activation", "gelu_pytorch_tanh")
     settings.only("attention_bias", False)
+    settings.only("attention_dropout", 0.0)
     settings.only("embeddings_scale_by_sqrt_dim", True)
     for name in ("w_init_variance_scale", "final_w_init_variance_scale"):  # of the initial weights
         settings.take(name, None)
     mixers = {
         "recurrent": {
             "kind": "rglru",
-            "lru_width": settings.take("lru_width", None) or width,
+            "lru_width": settings.find_int("lru_width", 1, MOST_WIDTH) or width,
             "num_blocks": heads,
-            "conv_width": settings.take("conv1d_width", 4),
+            "conv_width": settings.take_int("conv1d_width", 1, MOST_TAPS, 4),
         },
         "attention": {
             "kind": "local-attention",
             "heads": heads,
-            "kv_heads": settings.take("num_key_value_heads", None) or heads,
+            "kv_heads": settings.find_int("num_key_value_heads", 1, MOST_HEADS) or heads,
             "head_dim": head_dim,
-            "window": settings.take("attention_window_size", 2048),
+            "window": settings.take_int("attention_window_size", 1, MOST_TOKENS, 2048),
             "window_convention": convention,
             "position": rotary_of(settings, share=0.5),
         },
     }
-    blocks, depth = settings.take("block_types", BLOCKS), settings.take("num_hidden_layers")
+    blocks = settings.find_names("block_types") or BLOCKS
+    depth = settings.take_int("num_hidden_layers", 1, MOST_DEPTH)
     if unknown := sorted(set(blocks) - set(mixers)):
         raise ConfigError(f"{settings.where} has block_types with {unknown[0]!r}; known are {' and '.join(mixers)}.")
     return {
@@ -89,14 +103,14 @@ def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]
         "head_dim": head_dim,
         "block": {
             "feedforward": {"kind": "geglu", "hidden": both // 2, "approximate": "tanh", "bias": True},
-            "norm": {"kind": "rmsnorm", "eps": settings.take("rms_norm_eps", 1e-6)},
+            "norm": {"kind": "rmsnorm", "eps": settings.take_float("rms_norm_eps", 0, 1, 1e-6)},
         },
         "pattern": [mixers[block] for block in list(blocks)[:depth]],
         "embedding_scale": "sqrt-width-bf16",
         "head": {
             "kind": "linear",
-            "tied": bool(settings.take("tie_word_embeddings", True)),
-            "soft_cap": settings.take("logits_soft_cap", 30.0),
+            "tied": settings.take_flag("tie_word_embeddings", True),
+            "soft_cap": settings.take_float("logits_soft_cap", 0, MOST_CAP, 30.0),
         },
     }
 

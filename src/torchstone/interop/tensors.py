@@ -3,11 +3,13 @@
     model.safetensors                                       one file
     model.safetensors.index.json, model-00001-of-0000N…     several, with an index
 
-A file is mapped into memory, so that a tensor costs memory only once it is taken. Pickles (`.bin`, `.pt`) are refused.
+A file is mapped into memory, so that a tensor costs memory only once it is taken; its shape stands in the file's header,
+which costs none. Weights are f16, bf16, f32 or f64; other kinds (quantised ones) and pickles (`.bin`, `.pt`) are refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,7 +27,9 @@ from torchstone.train.manifest import check_header
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.pt")
+PICKLES = ("*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.pkl")
+KINDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+WHOLE = re.compile(r"[IU]\d+")  # kinds of whole numbers
 
 
 def _alone(tensor: Tensor) -> Tensor:
@@ -76,12 +80,30 @@ class Weights:
         """Names of all tensors."""
         return set(self._place)
 
+    def shape(self, name: str) -> list[int]:
+        """Shape of a tensor, from the header alone; raises DataError where it is missing."""
+        return [int(size) for size in self._slice(name).get_shape()]
+
     def take(self, name: str) -> Tensor:
-        """One tensor; raises DataError where it is missing."""
-        if name not in self._place:
-            raise DataError(f"{self.folder} lacks the tensor {name}; give the complete checkpoint.")
+        """One tensor; raises DataError where it is missing or of a kind that weights do not have."""
+        kind = str(self._slice(name).get_dtype())
+        if WHOLE.fullmatch(kind):
+            raise DataError(
+                f"{self.folder}: {name} holds whole numbers ({kind}), which are no weights but perhaps quantised ones; give "
+                "the checkpoint before its quantisation."
+            )
+        if kind not in KINDS:
+            raise DataError(
+                f"{self.folder}: {name} is of type {kind}; torchstone reads {', '.join(KINDS.values())}. Convert the "
+                "checkpoint with what wrote it."
+            )
         tensor: Tensor = self._open[self._place[name]].get_tensor(name)
         return tensor
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._place:
+            raise DataError(f"{self.folder} lacks the tensor {name}; give the complete checkpoint.")
+        return self._open[self._place[name]].get_slice(name)
 
 
 def fill(
@@ -103,14 +125,16 @@ def fill(
         source = sources[name]
         tensor = source.make(*map(weights.take, source.names))
         used |= set(source.names)
-        if tensor.shape != form.shape or not tensor.is_floating_point():
+        if tensor.shape != form.shape:
             raise DataError(
-                f"{weights.folder}: {' and '.join(source.names)} has shape {list(tensor.shape)} and type {tensor.dtype}, the "
-                f"settings in config.json ask for {list(form.shape)}; the two do not belong together."
+                f"{weights.folder}: {' and '.join(source.names)} has shape {list(tensor.shape)}, the settings in config.json "
+                f"ask for {list(form.shape)}; the two do not belong together."
             )
-        if not torch.isfinite(tensor).all():
-            raise DataError(f"{weights.folder}: {' and '.join(source.names)} holds values that are not finite.")
         found[name] = tensor.to(form.dtype).contiguous()
+        if not torch.isfinite(found[name]).all():
+            raise DataError(
+                f"{weights.folder}: {' and '.join(source.names)} holds values that are not finite as {form.dtype}."
+            )
     left = sorted(name for name in weights.names() - used if not name.endswith(tuple(ignored)))
     if left:
         raise DataError(
@@ -135,7 +159,7 @@ def _files(folder: Path) -> list[str]:
             if not (folder / name).is_file():
                 raise DataError(f"{folder / name} is missing; {INDEX} names it.")
         return files
-    pickled = [name for name in PICKLES if (folder / name).exists()] + sorted(p.name for p in folder.glob("*.bin"))
+    pickled = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickled:
         raise DataError(
             f"{folder} holds its weights as a pickle ({pickled[0]}), which can run code when it is read; refused. Convert it "

@@ -73,13 +73,18 @@ def tokenizer_json(tokenizer: Tokenizer) -> tuple[dict[str, Any], str]:
     return content, end
 
 
-def fill_vocabulary(content: dict[str, Any], size: int) -> None:
+def fill_vocabulary(content: dict[str, Any], size: int, where: str | Path = FILE) -> None:
     """Give every id below `size` that no token has the name of an unused special token, in place.
 
+    Args:
+        content: of a tokenizer.json.
+        size: ids of the model.
+        where: the file, for messages.
+
     Raises:
-        DataError: the file knows ids of `size` or more.
+        DataError: it is no tokenizer.json, or knows ids of `size` or more.
     """
-    names = known_ids(content)
+    names = known_ids(content, where)
     if names and max(names) >= size:
         raise DataError(
             f"the tokenizer has ids up to {max(names)} and the model only {size} of them; give the tokenizer that belongs to "
@@ -95,14 +100,20 @@ def fill_vocabulary(content: dict[str, Any], size: int) -> None:
     content["added_tokens"].sort(key=lambda token: token["id"])
     if set(known_ids(content)) != set(range(size)):
         raise DataError(
-            f"a {content['model']['type']} tokenizer with gaps between its ids has no form that transformers reads alike; "
+            f"a {content['model'].get('type')} tokenizer with gaps between its ids has no form that transformers reads alike; "
             "train with a tokenizer whose ids have no gaps."
         )
 
 
-def known_ids(content: dict[str, Any]) -> dict[int, str]:
-    """Token id → name of a tokenizer.json, added tokens included."""
-    vocabulary = hf.Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+def known_ids(content: dict[str, Any], where: str | Path = FILE) -> dict[int, str]:
+    """Token id → name of a tokenizer.json, added tokens included; raises DataError where it is none."""
+    try:
+        vocabulary = hf.Tokenizer.from_str(json.dumps(content)).get_vocab(with_added_tokens=True)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{where} is not a tokenizer.json of the tokenizers library ({error}); restore it.") from error
+    model, added = content.get("model"), content.setdefault("added_tokens", [])
+    if not isinstance(model, dict) or not isinstance(model.get("vocab"), dict | list) or not isinstance(added, list):
+        raise DataError(f"{where} has no vocabulary (model.vocab) or no list of added_tokens; restore it.")
     return {number: name for name, number in vocabulary.items()}
 
 

@@ -59,6 +59,7 @@ RECORDS = (
             "src/torchstone/models/growth_report.py",
             "src/torchstone/models/widen.py",
             "src/torchstone/train/growth.py",
+            "src/torchstone/diagnose/token_usage.py",
         ),
         study="torchstone.studies.tokenformer:TokenFormer",
         status="done",

@@ -109,7 +109,7 @@ def reading_span(
     zero_bt = torch.where(starts_bt, index_bt - (~ends_bt).long(), 0).cummax(1).values
     position_bt = index_bt - zero_bt
     if state is not None:
-        state.position_b, state.document_b = position_bt[:, -1], document_bt[:, -1]
+        state.position_b, state.document_b = position_bt[:, -1].clone(), document_bt[:, -1].clone()
     elif _one_document(starts_bt):
         return Span(position_bt, None, span.valid_bt, span.allowed_bts)
     return Span(position_bt, document_bt, span.valid_bt, span.allowed_bts)

@@ -20,6 +20,7 @@ neither updates nor weight decay reach them. The rows of a softmax cannot be app
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal
@@ -32,12 +33,16 @@ from torchstone.data.batch import Batch
 from torchstone.errors import ConfigError
 from torchstone.models.growth_report import GrowthReport, compare, random_batch, read
 from torchstone.nn.feedforward.pattention import PattentionFeedForwardConfig
+from torchstone.nn.initialisation import generator_for
 from torchstone.nn.projection.pattention import Pattention, PattentionConfig
 from torchstone.nn.span import Span
 
 Fill = Literal["zero", "random"]
 Tau = Literal["fixed", "following"]
 USES = ("input", "output", "feedforward")
+MOST_UNITS = (
+    10**7
+)  # of one layer: more is a slip of the hand, and would fail for memory without a word of what was meant
 
 
 def grow(
@@ -60,15 +65,17 @@ def grow(
             pattern of layer names (`blocks.*.feedforward.*`). Later entries win; layers that none names stay.
         keys, values: what new rows are: `zero`, or `random` as in a new model.
         tau: `fixed` keeps the scale, `following` multiplies it by √(n after / n before).
-        freeze_old: train the new tokens only.
+        freeze_old: keep the old tokens of the layers that grow as they are. The new ones are trained, and so is everything
+            else: embedding, gains, biases, layers that do not grow.
         optimizer: of this model; it holds the new parameters afterwards, and its state is extended by zeros.
         seed: names the random values.
         batch: what loss and logits are compared on; None takes random tokens.
 
     Raises:
-        ConfigError: no Pattention layer, a name that matches none, fewer tokens than before, keys and values both zero,
-            function-preserving growth of `softmax` layers, sizes that the configuration cannot hold, or an optimizer
-            that does not hold the parameters. Nothing is changed then.
+        ConfigError: no Pattention layer, a name that matches none, fewer tokens than before or more than `MOST_UNITS`, a
+            factor that is no finite number, keys and values both zero, function-preserving growth of `softmax` layers,
+            sizes that the configuration cannot hold, or an optimizer that does not hold the parameters. Nothing is
+            changed then.
     """
     layers = pattention_layers(model)
     sizes = _sizes(layers, factor)
@@ -81,6 +88,8 @@ def grow(
     before = read(model, probe)
     for name, (old, new) in sizes.items():
         layer, larger = layers[name], fresh.get_submodule(name)
+        if freeze_old:
+            _redraw(larger, name, old, seed)
         _set_new_rows(larger, old, keys, values)
         _enlarge(model, name, layer, larger, optimizer, freeze_old)
         if tau == "following":
@@ -122,6 +131,7 @@ def _sizes(layers: Mapping[str, Pattention], factor: float | Mapping[str, int]) 
                 )
             wanted |= dict.fromkeys(matching, tokens)
     else:
+        require_factor(factor)
         wanted = {name: round(tokens * factor) for name, tokens in wanted.items()}
     for name, tokens in wanted.items():
         if tokens < layers[name].tokens:
@@ -129,10 +139,27 @@ def _sizes(layers: Mapping[str, Pattention], factor: float | Mapping[str, int]) 
                 f"{name} has {layers[name].tokens} parameter tokens and {tokens} were asked for; tokens can be appended, "
                 "not taken away: ask for more."
             )
+        require_sane(name, tokens, "parameter tokens")
     grown = {name: (layer.tokens, wanted[name]) for name, layer in layers.items() if wanted[name] > layer.tokens}
     if not grown:
         raise ConfigError("every layer has the tokens that were asked for; ask for more, such as factor=2.")
     return grown
+
+
+def require_factor(factor: float) -> None:
+    """Raise ConfigError for a factor that is no finite number."""
+    if not math.isfinite(factor):
+        raise ConfigError(
+            f"the factor is {factor}; it says how many times larger layers become: give a number, such as 2."
+        )
+
+
+def require_sane(name: str, units: int, what: str) -> None:
+    """Raise ConfigError for a layer so large that no one can have meant it."""
+    if units > MOST_UNITS:
+        raise ConfigError(
+            f"{name} would have {units:,} {what}, and a layer has at most {MOST_UNITS:,}; give a smaller factor or number."
+        )
 
 
 def _check(layers: Mapping[str, Pattention], sizes: Mapping[str, Any], keys: Fill, values: Fill, tau: Tau) -> None:
@@ -204,6 +231,17 @@ def _set_new_rows(larger: Any, old: int, keys: Fill, values: Fill) -> None:
     for fill, parameter in ((keys, larger.keys_nd), (values, larger.values_ne)):
         if fill == "zero":
             parameter[old - larger.frozen :].zero_()
+
+
+@torch.no_grad()
+def _redraw(larger: Any, name: str, old: int, seed: int) -> None:
+    """Initial values for rows that become parameters of their own, from a stream that the old rows were not drawn from.
+
+    The stream of a parameter's name alone gives the first rows, which the old tokens have had if the seed is the run's.
+    """
+    for local, fill in larger.own_initialisation().items():
+        if local in ("keys_nd", "values_ne"):
+            fill(larger.get_parameter(local), generator_for(seed, f"{name}.{local} behind {old}"))
 
 
 def _enlarge(

@@ -18,7 +18,15 @@ from torch import nn
 
 from torchstone.data.batch import Batch
 from torchstone.errors import ConfigError
-from torchstone.models.growth import assert_described, batch_name, check_held, enlarge_parameter, rewritten
+from torchstone.models.growth import (
+    assert_described,
+    batch_name,
+    check_held,
+    enlarge_parameter,
+    require_factor,
+    require_sane,
+    rewritten,
+)
 from torchstone.models.growth_report import GrowthReport, compare, random_batch, read
 from torchstone.nn.feedforward.gated import GatedFeedForward
 from torchstone.nn.feedforward.mlp import MLP
@@ -45,11 +53,12 @@ def widen(
         batch: what loss and logits are compared on; None takes random tokens.
 
     Raises:
-        ConfigError: no layer that can be widened, a width that is not larger, or an optimizer that does not hold the
-            parameters. Nothing is changed then.
+        ConfigError: no layer that can be widened, a width that is not larger or absurdly large, or an optimizer that does
+            not hold the parameters. Nothing is changed then.
     """
     layers = _layers(model)
-    sizes = {name: (old, hidden or round(factor * old)) for name, old in layers.items()}
+    require_factor(factor)
+    sizes = {name: (old, round(factor * old) if hidden is None else hidden) for name, old in layers.items()}
     _check(sizes)
     (width,) = {after for _, after in sizes.values()}
     config = rewritten(model.config, lambda part: _widened(part, width))
@@ -98,6 +107,7 @@ def _check(sizes: dict[str, tuple[int, int]]) -> None:
                 f"{name} has {before} hidden units and {after} were asked for; units can be appended, not taken away: ask "
                 "for more."
             )
+        require_sane(name, after, "hidden units")
 
 
 def _widened(part: Any, hidden: int) -> Any:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from torchstone.errors import InterruptedRun
+from torchstone.errors import DataError, InterruptedRun
 from torchstone.lab.study import Arm, Cell, Measurement
-from torchstone.lab.training import thinned
+from torchstone.lab.training import STREAM, thinned
 from torchstone.models.growth import token_usage, usage_histogram
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
@@ -112,13 +112,24 @@ def plan_of(growth: Mapping[str, Any], seed: int) -> Plan:
 
 
 def grown_cell(cell: Cell) -> Measurement:
-    """Train the small model, grow it, train on; a cell that was interrupted goes on where it was."""
+    """Train the small model, grow it, train on; a cell that was interrupted goes on where it was.
+
+    Raises:
+        DataError: the data changed since the study was prepared.
+    """
     growth, small, run = cell.arm.settings["growth"], cell.directory / "small", cell.directory / "run"
-    recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={cell.seed}"])
+    seed = cell.seed + STREAM * cell.arm.settings["stream"]
+    recipe = load_recipe(cell.arm.settings["recipe"], [f"seed={seed}"])
+    expected, found = cell.prepared["data"][cell.arm.name], recipe.data.build(None).fingerprint
+    if found != expected:
+        raise DataError(
+            f"the data of arm {cell.arm.name} changed since the study was prepared: its fingerprint was {expected}, now it is "
+            f"{found}. Restore the files, or choose another --out: cells on different data are never mixed."
+        )
     compute = Compute(**cell.prepared["compute"])
     if not (run / "recipe.yaml").exists():
         _train_until(growth["step"], recipe, small, cell, compute)
-        grow_run(small, run, plan_of(growth, cell.seed))
+        grow_run(small, run, plan_of(growth, seed))
     summary = train(run / "recipe.yaml", run, compute=compute, progress=cell.report)
     report = json.loads((run / GROWTH).read_text())["report"]
     metrics = {"logit_change": report["change"], "jump": report["loss"][1] - report["loss"][0]}

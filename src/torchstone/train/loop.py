@@ -5,8 +5,9 @@ The batch, the dropout stream and the schedule are functions of (seed, step), so
 weights, optimizer moments and counters, and resuming at step s is the same as never having stopped.
 
 Losses are summed over micro-batches and ranks and divided by the number of targets in the global batch, so that
-accumulation and world size change nothing but rounding where a step draws nothing. Dropout and a belief-state objective's
-`pair_rate` below 1 draw from a stream of each rank, one micro-batch after the other: other batch.micro, other world size, other draws.
+accumulation and world size change nothing but rounding where a step draws nothing. Dropout and the belief-state objective's
+`pair_rate` below 1 draw from one stream for each rank, one micro-batch after the other: there another `batch.micro` or world size
+means other draws, and another run of the same distribution.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ models of half precision: rounding them changes which experts a token goes to. N
 Shapes: b batch · t tokens · n = b·t · d width · e experts · k slots.
 
 Auxiliary losses leave the pass through `Span.leave`, coefficients included. `aux_reduction: sum` adds those of all
-routers, as JetMoE does; `mean` divides by the number of routers in the model, which a census that all routers of a model
-share counts while the model is built.
+routers, as JetMoE does; `mean` divides by the number of routers of an encoder (a decoder is one, a belief-state model has
+two), which a census that all of them share counts while the model is built.
 
 Pitfall: gates that are normalised over a single kept expert are 1 whatever the router says, so that the task teaches it
 nothing. `top_k: 1` therefore needs `softmax-topk` without `renormalise`.
@@ -45,7 +45,7 @@ class RoutedPart(Part):
     balance_coef: float = Field(default=0.01, ge=0, description="factor of the load-balance loss of each router")
     z_coef: float = Field(default=0.001, ge=0, description="factor of the squared logsumexp of each router's logits")
     aux_reduction: Literal["sum", "mean"] = Field(
-        default="sum", description="losses of all routers added up, or divided by the number of routers in the model"
+        default="sum", description="losses of all routers added up, or divided by the number of routers of an encoder"
     )
     dispatch: Literal["grouped", "loop"] = Field(
         default="grouped", description="grouped products of sorted tokens, or a plain loop over experts to compare with"

@@ -178,9 +178,10 @@ class HGRN2(nn.Module):
         self.norm = LayerNorm(width, config.norm_eps, True, True) if unit else RMSNorm(width, config.norm_eps)
         self.w_o = context.linear(width, width, "output", bias=unit)
         learned = config.lower_bound == "learned" and context.layer > 0
-        self._bounds = (_shared_bounds(context),) if learned else ()
-        if learned and context.shared is None:  # outside a model nobody else holds it
-            self.lower_bounds = self._bounds[0]
+        bounds = _shared_bounds(context) if learned else None
+        self._bounds = () if bounds is None else (bounds,)
+        if bounds is not None and context.shared is None:  # outside a model nobody else holds it
+            self.lower_bounds = bounds
         self.mean_key: Tensor | None = None
 
     def forward(
