@@ -106,9 +106,9 @@ def test_the_finding_has_load_controls_classes_and_sizes(tmp_path: Path) -> None
     finding = expert_load_finding(planted, MIXED, length=32, sequences=8)
     tables = {table.title: table for table in finding.tables}
     assert [row[:2] for row in tables["Routers"].rows] == [
-        (layer, part) for layer in (0, 1) for part in ("attention", "feed-forward")
+        (layer, part) for layer in (0, 1) for part in ("heads", "ffn")
     ]
-    assert tables["Dead experts"].rows == ((1, "attention", 2), (1, "attention", 3))
+    assert tables["Dead experts"].rows == ((1, "heads", 2), (1, "heads", 3))
     assert len(tables["Load of every expert"].rows) == 16
     assert tables["Load of every expert"].columns[-len(CLASSES) :] == CLASSES
     column = tables["Routers"].columns.index("dead, untrained")
@@ -138,7 +138,7 @@ def test_the_encoders_of_a_model_are_kept_apart() -> None:
         for layer in (0, 1)
     ]
     layers = [0, 1, "backward_encoder 0", "backward_encoder 1"]
-    assert [row[:2] for row in _router_table(found, found).rows] == [(layer, "feed-forward") for layer in layers]
-    assert _dead_table(found).rows == tuple((layer, "feed-forward", 1) for layer in layers[2:])
+    assert [row[:2] for row in _router_table(found, found).rows] == [(layer, "ffn") for layer in layers]
+    assert _dead_table(found).rows == tuple((layer, "ffn", 1) for layer in layers[2:])
     by_layer, by_class = _heatmaps(found, "feedforward")
     assert by_layer.y == tuple(map(str, layers)) and len(set(by_class.y)) == 4 * len(CLASSES)

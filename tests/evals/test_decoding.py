@@ -177,10 +177,10 @@ def test_what_cannot_decode_is_refused() -> None:
 def test_the_finding_of_a_decoder() -> None:
     subject = byte_subject(pattern=[{"kind": "attention", "window": 8}, {"kind": "attention"}])
     finding = decoding_finding(subject, lengths=(64, 128), steps=8)
-    (table,) = finding.tables
+    table, sizes_in_bytes = finding.tables
     assert [row[0] for row in table.rows] == [17, 64, 128]
     per_token, ring = 2 * 4 * 16, 8 * 2 * 4 * 16
-    assert [row[-1] for row in table.rows] == [length * per_token + ring for length in (17, 64, 128)]
+    assert [row[1] for row in sizes_in_bytes.rows] == [length * per_token + ring for length in (17, 64, 128)]
     assert [row[1:3] for row in table.rows] == [
         ("3.12 KiB", "188 B"), ("9 KiB", "144 B"), ("17 KiB", "136 B")
     ]  # fmt: skip
@@ -189,7 +189,7 @@ def test_the_finding_of_a_decoder() -> None:
     assert "1.89 times the bytes (grows)" in finding.answer
     assert "17 tokens" in finding.control
     sizes, speeds = finding.figures
-    assert sizes.lines[0].y == tuple(row[-1] for row in table.rows)
+    assert sizes.lines[0].y == tuple(row[2] for row in sizes_in_bytes.rows)
     assert all(
         low <= y <= high
         for low, y, high in zip(speeds.lines[0].low, speeds.lines[0].y, speeds.lines[0].high, strict=True)

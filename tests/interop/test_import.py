@@ -141,7 +141,7 @@ REFUSED = {
     "is_encoder_decoder": (True, "is_encoder_decoder=true"),
     "auto_map": ({"AutoModelForCausalLM": "mine.Mine"}, "brings its own code"),
     "vocab_size": (200, "has shape [300, 32], the settings in config.json ask for [200, 32]"),
-    "num_hidden_layers": (1, "does not account for"),
+    "num_hidden_layers": (1, "tensors of 2 layers and config.json has num_hidden_layers=1"),
     "intermediate_size": (40, "do not belong together"),
 }
 

@@ -137,7 +137,7 @@ def test_a_wrong_rotary_value_of_the_older_form_is_refused_by_name(name, value, 
 SIZED = {
     "vocab_size": (9_999_999, "has shape .300, 32., the settings in config.json ask for .9999999, 32."),
     "hidden_size": (64, "has shape .300, 32., the settings in config.json ask for .300, 64."),
-    "num_hidden_layers": (4096, "tensors of 2 layers and config.json has num_hidden_layers=4096"),
+    "num_hidden_layers": (1024, "tensors of 2 layers and config.json has num_hidden_layers=1024"),
 }
 
 
@@ -151,12 +151,6 @@ def test_sizes_that_the_weights_do_not_have_build_nothing(name, llama, tmp_path,
     value, message = SIZED[name]
     change(llama, **{name: value})
     with pytest.raises(DataError, match=message):
-        import_checkpoint(llama, tmp_path / "run")
-
-
-def test_layers_that_config_json_does_not_count_are_refused(llama, tmp_path):
-    change(llama, num_hidden_layers=1)
-    with pytest.raises(DataError, match="tensors of 2 layers and config.json has num_hidden_layers=1"):
         import_checkpoint(llama, tmp_path / "run")
 
 

@@ -98,3 +98,9 @@ def test_a_family_may_be_named_by_its_place() -> None:
         family_named("differential")
     with pytest.raises(ConfigError, match="there is no family"):
         family_named("model.nothing.here")
+
+
+@pytest.mark.parametrize("kind", [["attention"], 3, None, {"kind": "attention"}])
+def test_a_kind_that_is_no_text_is_refused(kind: object) -> None:
+    with pytest.raises(ConfigError, match="which is no text; allowed kinds: attention"):
+        parse_part("mixer", {"kind": kind})

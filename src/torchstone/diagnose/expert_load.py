@@ -183,12 +183,13 @@ def _router_table(found: list[RouterLoad], control: list[RouterLoad]) -> Table:
             numbers = (one.mean_entropy(), float(load_e.max()), float(load_e.min()), information(one))
             row += [*(round(number, 4) for number in numbers), len(one.dead())]
         rows.append(tuple(row))
-    names = ("router entropy", "largest load", "smallest load", "class information", "dead")
+    names = ("router entropy", "largest load", "smallest load", "class info", "dead")
     return Table(
         title="Routers",
         columns=("layer", "part", "experts", "top k", *names, *(f"{name}, untrained" for name in names)),
         rows=tuple(rows),
-        note="Entropy and information in nats; loads relative to an even share.",
+        note="ffn: feed-forward, heads: attention. Entropy in nats; loads relative to an even share; class info: what the choice of "
+        "expert tells about the class of the token, in nats.",
     )
 
 

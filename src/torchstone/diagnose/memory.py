@@ -122,7 +122,10 @@ def memory_finding(
             *_bound_tables(found, control),
             _state_table(bytes_cl, places),
         ),
-        heatmaps=(_heatmap("Gates by memory", found), _heatmap("Gates by memory, untrained", control)),
+        heatmaps=(
+            _heatmap("Share of gates by memory", found),
+            _heatmap("Share of gates by memory, untrained", control),
+        ),
         figures=(
             *(figure for kind in ("hgrn2", "rglru") for figure in _spectra(found, control, kind)),
             _state_figure(bytes_cl, places),
@@ -334,7 +337,7 @@ def _heatmap(title: str, layers: list[GateMemory]) -> Heatmap:
         x=BINS,
         y=tuple(str(one.layer) for one in layers),
         values=tuple(tuple(round(share, 4) for share in one.shares) for one in layers),
-        unit="share of gates",
+        unit="share",
     )
 
 

@@ -191,9 +191,9 @@ def _layer_table(found: list[LayerUsage], control: list[LayerUsage]) -> Table:
         numbers = [
             _rounded(value)
             for get in (
-                _least,
                 lambda one: one.lower_half,
                 lambda one: one.little,
+                _least,
                 lambda one: float(one.usage_n.max()),
             )
             for value in (get(own), get(other))
@@ -208,8 +208,8 @@ def _layer_table(found: list[LayerUsage], control: list[LayerUsage]) -> Table:
             "mean of frozen",
         ),
         rows=tuple(rows),
-        note="Share of the output's magnitude that the least used half of the tokens carries; share of tokens below a tenth of an "
-        "even share; least and largest usage of a token, relative to an even share; frozen tokens and their mean usage.",
+        note="Share of the output's magnitude that the least used half of the tokens carries; share of tokens below a tenth of "
+        "an even share; least and largest usage of a token, relative to an even share; frozen tokens and their mean usage.",
     )  # fmt: skip
 
 
@@ -241,7 +241,7 @@ def _heatmap(title: str, layers: list[LayerUsage]) -> Heatmap:
         values=tuple(
             tuple(round(share, 4) for share in usage_histogram(one.usage_n, EDGES).tolist()) for one in layers
         ),
-        unit="share of tokens",
+        unit="share",
     )
 
 

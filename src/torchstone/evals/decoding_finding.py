@@ -60,7 +60,7 @@ def decoding_finding(
         answer=_answer(empty, measured),
         control=f"The same steps after {empty.length} tokens, where the state is almost empty: {empty.milliseconds:.3g} ms a "
         "step is what the weights alone cost. What a longer context adds to that is the price of its state.",
-        tables=(_table(costs),),
+        tables=(_table(costs), _bytes_table(costs)),
         figures=_figures(costs),
         notes=(
             f"{rows} sequence{'s' * (rows > 1)} at a time, {steps} timed steps after {WARM} others, rounds: {rounds}. "
@@ -124,19 +124,24 @@ def _bytes(cost: DecodingCost) -> str:
 
 
 def _table(costs: list[DecodingCost]) -> Table:
-    """Sizes first as people read them; the last column has the bytes themselves, for the CSV file."""
     rows = []
     for cost in costs:
-        (low, middle, high), state = cost.quartiles, cost.state_bytes / cost.rows
-        times = (middle, low, high, cost.tokens_per_second)
-        rows.append((cost.length, numbers.size(state), numbers.size(state / cost.length), *times, state))
+        (low, middle, high), size = cost.quartiles, _bytes(cost)
+        each = numbers.size(cost.state_bytes / cost.rows / cost.length)
+        rows.append((cost.length, size, each, middle, low, high, cost.tokens_per_second))
     return Table(
         title="Cost by context length",
-        columns=("context", "state", "per token", "ms/step", "low", "high", "tokens/s", "state (bytes)"),
+        columns=("context", "state", "per token", "ms/step", "low", "high", "tokens/s"),
         rows=tuple(rows),
-        note="Context in tokens; state of one sequence, and its share for each token of context; median and quartiles (low, high) "
-        "of the milliseconds of a step.",
+        note="Context in tokens; state of one sequence, and its share for each token of context; median and quartiles (low, "
+        "high) of the milliseconds of a step.",
     )
+
+
+def _bytes_table(costs: list[DecodingCost]) -> Table:
+    """The state's bytes in full, for who computes with them."""
+    rows = tuple((cost.length, cost.state_bytes, cost.state_bytes // cost.rows) for cost in costs)
+    return Table(title="State in bytes", columns=("context", "bytes", "bytes per sequence"), rows=rows)
 
 
 def _figures(costs: list[DecodingCost]) -> tuple[Figure, ...]:

@@ -75,23 +75,7 @@ def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]
     settings.only("embeddings_scale_by_sqrt_dim", True)
     for name in ("w_init_variance_scale", "final_w_init_variance_scale"):  # of the initial weights
         settings.take(name, None)
-    mixers = {
-        "recurrent": {
-            "kind": "rglru",
-            "lru_width": settings.find_int("lru_width", 1, MOST_WIDTH) or width,
-            "num_blocks": heads,
-            "conv_width": settings.take_int("conv1d_width", 1, MOST_TAPS, 4),
-        },
-        "attention": {
-            "kind": "local-attention",
-            "heads": heads,
-            "kv_heads": settings.find_int("num_key_value_heads", 1, MOST_HEADS) or heads,
-            "head_dim": head_dim,
-            "window": settings.take_int("attention_window_size", 1, MOST_TOKENS, 2048),
-            "window_convention": convention,
-            "position": rotary_of(settings, share=0.5),
-        },
-    }
+    mixers = _mixers(settings, width, heads, convention)
     blocks = settings.find_names("block_types") or BLOCKS
     depth = settings.take_int("num_hidden_layers", 1, MOST_DEPTH)
     if unknown := sorted(set(blocks) - set(mixers)):
@@ -111,6 +95,27 @@ def model_of(settings: Settings, convention: WindowConvention) -> dict[str, Any]
             "kind": "linear",
             "tied": settings.take_flag("tie_word_embeddings", True),
             "soft_cap": settings.take_float("logits_soft_cap", 0, MOST_CAP, 30.0),
+        },
+    }
+
+
+def _mixers(settings: Settings, width: int, heads: int, convention: WindowConvention) -> dict[str, dict[str, Any]]:
+    """Plain data of the mixer of each type of block."""
+    return {
+        "recurrent": {
+            "kind": "rglru",
+            "lru_width": settings.find_int("lru_width", 1, MOST_WIDTH) or width,
+            "num_blocks": heads,
+            "conv_width": settings.take_int("conv1d_width", 1, MOST_TAPS, 4),
+        },
+        "attention": {
+            "kind": "local-attention",
+            "heads": heads,
+            "kv_heads": settings.find_int("num_key_value_heads", 1, MOST_HEADS) or heads,
+            "head_dim": width // heads,
+            "window": settings.take_int("attention_window_size", 1, MOST_TOKENS, 2048),
+            "window_convention": convention,
+            "position": rotary_of(settings, share=0.5),
         },
     }
 

@@ -17,7 +17,7 @@ from typing import Any
 from torchstone.errors import ConfigError, DataError
 
 CONFIG = "config.json"
-MOST_DEPTH = 4096  # blocks
+MOST_DEPTH = 1024  # blocks
 MOST_WIDTH = 1 << 20  # channels of the residual stream
 MOST_HIDDEN = 1 << 24  # channels of a feed-forward layer
 MOST_HEADS = 1 << 14  # heads, and channels of one

@@ -95,6 +95,10 @@ def parse_part(family: str, value: Any) -> Part:
     if isinstance(value, Mapping):
         if "kind" not in value:
             raise ConfigError(f"the {family} needs the key 'kind'; allowed kinds: {', '.join(kinds(family))}.")
+        if not isinstance(value["kind"], str):
+            raise ConfigError(
+                f"the kind of the {family} is {value['kind']!r:.60}, which is no text; allowed kinds: {', '.join(kinds(family))}."
+            )
         return part_class(family, value["kind"]).model_validate(dict(value))
     raise ConfigError(
         f"the {family} is a kind name or a mapping with 'kind'; {value!r:.60} was given. "

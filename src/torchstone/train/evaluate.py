@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from torchstone.errors import DataError
 from torchstone.train.distributed import World
 from torchstone.train.precision import Compute
 
@@ -41,6 +42,9 @@ def evaluate(
     Returns:
         `loss` (nats per target token), `accuracy` (of the most likely token) and, where the data knows its bytes
         per token, `bits_per_byte`; None if `stopped` said so before the end.
+
+    Raises:
+        DataError: no held-out sequence has a target.
     """
     was_training = model.training
     model.eval()
@@ -57,6 +61,11 @@ def evaluate(
     finally:
         model.train(was_training)
     loss_sum, count, correct = world.total(totals).tolist()
+    if count == 0:
+        raise DataError(
+            f"the {sequences} held-out sequences have nothing that the objective scores; raise evaluation.sequences, or change "
+            "the data's or the objective's settings."
+        )
     loss = loss_sum / count
     found = {"loss": loss, "accuracy": correct / count}
     if data.bytes_per_token and getattr(objective, "per_token", True):
