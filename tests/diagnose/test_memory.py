@@ -142,6 +142,19 @@ def test_the_finding_of_a_hybrid(tmp_path: Path) -> None:
     assert "Decay spectrum of rglru" in write(finding, tmp_path).read_text(encoding="utf-8")
 
 
+def test_bounds_of_the_finding_and_a_state_of_one_size() -> None:
+    subject = byte_subject(block={"mixer": "hgrn2"})
+    model: Any = subject.model
+    with torch.no_grad():
+        model.shared.hgrn2_lower_bounds.gamma[1].fill_(3.0)
+    finding = memory_finding(subject, texts(), sequences=4, contexts=(16, 256))
+    (bounds,) = (table for table in finding.tables if table.title == "Lower bounds")
+    beta = float(torch.tensor(3.0).sigmoid())
+    assert bounds.rows == (pytest.approx((1, beta, 0.5, beta, beta, 1 / (1 - beta)), rel=1e-5),)
+    assert "at 16 tokens of context and the same at 256" in finding.answer
+    assert [line.name for line in finding.figures[-1].lines] == ["this model", "full attention of this width"]
+
+
 def test_models_without_gates_are_refused(family_subject: Callable[[str], Subject]) -> None:
     with pytest.raises(ConfigError, match="decoder has no hgrn2 or rglru layer.*`mixer: hgrn2`"):
         memory_finding(byte_subject(), texts())

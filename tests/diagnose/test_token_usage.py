@@ -52,8 +52,8 @@ def test_tokens_that_do_nothing_are_found() -> None:
     table, shares = finding.tables
     (row,) = (row for row in table.rows if row[:2] == (0, "w_o"))
     named = dict(zip(table.columns, row, strict=True))
-    assert (named["below 0.1"], named["least"], named["lower half"]) == (0.75, 0.0, 0.0)
-    assert named["below 0.1, untrained"] < 0.5  # type: ignore[operator]
+    assert (named["little"], named["least"], named["half"]) == (0.75, 0.0, 0.0)
+    assert named["little, untrained"] < 0.5  # type: ignore[operator]
     (bins,) = (row for row in shares.rows if row[:2] == (0, "w_o") and row[3] == "model")
     assert bins[shares.columns.index("< 0.01")] == 0.75
 

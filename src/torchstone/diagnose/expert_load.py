@@ -188,8 +188,8 @@ def _router_table(found: list[RouterLoad], control: list[RouterLoad]) -> Table:
         title="Routers",
         columns=("layer", "part", "experts", "top k", *names, *(f"{name}, untrained" for name in names)),
         rows=tuple(rows),
-        note="ffn: feed-forward, heads: attention. Entropy in nats; loads relative to an even share; class info: what the choice of "
-        "expert tells about the class of the token, in nats.",
+        note="ffn: feed-forward, heads: attention. Entropy in nats; loads relative to an even share; class info: what the choice "
+        "of expert tells about the class of the token, in nats.",
     )
 
 

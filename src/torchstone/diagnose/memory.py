@@ -307,7 +307,7 @@ def _bound_tables(found: list[GateMemory], control: list[GateMemory]) -> Iterato
         if own.bound_d is not None and other.bound_d is not None:
             mean, least, most = (float(value) for value in (own.bound_d.mean(), own.bound_d.min(), own.bound_d.max()))
             fresh = float(other.bound_d.mean())
-            rows.append((own.layer, *map(_rounded, (mean, fresh, least, most, 1 / (1 - mean)))))
+            rows.append((own.layer, *map(_rounded, (mean, fresh, least, most, 1 / max(1 - mean, LEAST)))))
     if rows:
         yield Table(
             title="Lower bounds",

@@ -200,7 +200,7 @@ def _layer_table(found: list[LayerUsage], control: list[LayerUsage]) -> Table:
         ]
         frozen = _rounded(float(own.usage_n[: own.frozen].mean())) if own.frozen else None
         rows.append((_number(own.layer), own.map, SHORT[own.use], len(own.usage_n), *numbers, own.frozen, frozen))
-    names = ("lower half", "below 0.1", "least", "largest")
+    names = ("half", "little", "least", "largest")
     return Table(
         title="Usage by layer",
         columns=(
@@ -208,8 +208,8 @@ def _layer_table(found: list[LayerUsage], control: list[LayerUsage]) -> Table:
             "mean of frozen",
         ),
         rows=tuple(rows),
-        note="Share of the output's magnitude that the least used half of the tokens carries; share of tokens below a tenth of "
-        "an even share; least and largest usage of a token, relative to an even share; frozen tokens and their mean usage.",
+        note="half: share of the output's magnitude that the least used half of the tokens carries (0.5: all alike); little: "
+        "share of tokens below a tenth of an even share; least and largest usage of a token, relative to an even share.",
     )  # fmt: skip
 
 
