@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from coin import Coin
 
 from torchstone.errors import StudyError
 from torchstone.lab.record import Outcome
-from torchstone.lab.study import ZERO, Arm, Claim, Measurement
+from torchstone.lab.study import ZERO, Arm, Claim, Gate, Measurement
 from torchstone.lab.verdict import Design, effect_before, judge
 
 CLAIM = Claim(id="c", sentence="x is lower", metric="loss", arm="x", baseline="base")
@@ -180,3 +182,26 @@ def test_effect_before_needs_an_assumed_spread():
 def test_impossible_designs_are_refused(seeds, maximum):
     with pytest.raises(StudyError):
         Design.of(seeds, maximum)
+
+
+def gated(least: float) -> Claim:
+    return Claim(
+        id="c", sentence="x is lower", metric="loss", arm="x", baseline="base", gate=Gate("loss", "base", least)
+    )
+
+
+def test_a_shut_gate_leaves_the_claim_open_and_says_which_seeds_shut_it():
+    base, arm = [1.0, 2.0, 3.0], [0.5, 1.501, 2.502]
+    assert verdict(cells(base, arm), Design.of(3, None), gated(0.9)).status == "holds"
+    found = verdict(cells(base, arm), Design.of(3, None), gated(1.5))
+    assert found.status == "inconclusive" and found.effect == pytest.approx(-0.499)
+    assert found.reason == "not judged: loss of base has to be above 1.5 in every seed, and is 1 for seed 0"
+    worse = verdict(cells(arm, base), Design.of(3, None), gated(2.6))
+    assert worse.status == "inconclusive" and "is 0.5, 1.5, 2.5 for seeds 0, 1, 2" in worse.reason
+
+
+def test_a_gate_speaks_of_what_the_study_has():
+    study = Coin()
+    study.claims = tuple(replace(claim, gate=Gate("nothing", claim.arm, 0.0)) for claim in study.claims)
+    with pytest.raises(StudyError, match="waits for nothing of"):
+        study.check(next(iter(study.scales.values())))

@@ -26,6 +26,8 @@ def describe(study: Study, scale_name: str) -> Iterator[str]:
     for claim in study.claims:
         yield f"  {claim.id}: {claim.sentence}"
         pair = f"{claim.arm} against {claim.baseline}"
+        if claim.gate is not None:
+            yield f"    judged only if {claim.gate.metric} of {claim.gate.arm} is above {claim.gate.least:g} in every seed"
         yield f"    {claim.contrast} of {claim.metric}, {pair}, {claim.direction} than {claim.margin:g}"
         detectable = effect_before(claim, Design.of(scale.seeds, None))
         if detectable is not None:

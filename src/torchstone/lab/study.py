@@ -25,6 +25,19 @@ ZERO = "zero"  # baseline of a claim about an arm's own number: it is contrasted
 
 
 @dataclass(frozen=True)
+class Gate:
+    """What must have happened for a claim to be judged: in every seed, the metric of an arm is above a least value.
+
+    A task that appears as a phase transition says nothing of arms that were stopped before it. Where any seed is below, the claim
+    stays inconclusive, whatever the contrast; leaving out those seeds would keep the ones that went well.
+    """
+
+    metric: str
+    arm: str
+    least: float
+
+
+@dataclass(frozen=True)
 class Claim:
     """A sentence that numbers can decide.
 
@@ -40,6 +53,7 @@ class Claim:
         unit: what is resampled: `seeds` (t interval) or `items` (clustered bootstrap over the cells' items).
         assumed_sd: standard deviation of the paired contrast that the design assumed, for the minimum detectable
             effect before the run; None if nothing is known.
+        gate: what must have happened for the claim to be judged at all; None judges it whatever happened.
     """
 
     id: str
@@ -52,6 +66,7 @@ class Claim:
     margin: float = 0.0
     unit: Literal["seeds", "items"] = "seeds"
     assumed_sd: float | None = None
+    gate: Gate | None = None
 
 
 @dataclass(frozen=True)
@@ -208,6 +223,11 @@ class Study(ABC):
             raise StudyError(f"no arm may be called {ZERO!r}: claims use that name for the constant 0.")
         metrics = {metric.name for metric in self.metrics}
         for claim in self.claims:
+            gate = claim.gate
+            if gate is not None and (gate.arm not in names or gate.metric not in metrics):
+                raise StudyError(
+                    f"claim {claim.id!r} waits for {gate.metric} of {gate.arm}, which this study does not have."
+                )
             if claim.baseline == ZERO and claim.contrast != "difference":
                 raise StudyError(
                     f"claim {claim.id!r} contrasts with 0, which has no ratio; use the contrast 'difference'."

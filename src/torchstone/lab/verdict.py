@@ -4,7 +4,7 @@ A claim over seeds gets the t interval of its paired contrasts; a claim over ite
 that both arms measured. Under a sequential design a claim keeps the verdict of the look that decided it.
 
 A claim with a failed or missing cell is inconclusive, whatever the other seeds say; the effect of the remaining pairs
-is still shown.
+is still shown. So is a claim whose gate is shut (`Gate`): what it is about has not happened yet.
 """
 
 from __future__ import annotations
@@ -134,6 +134,8 @@ def _verdict(
             "inconclusive",
             f"{len(failures)} cells failed, so the claim stays open: " + "; ".join(failures),
         )
+    elif short := _below_gate(claim, outcomes, seeds):
+        status, reason = "inconclusive", short
     record = {
         "n": estimate.n,
         "effect": estimate.effect,
@@ -152,6 +154,22 @@ def _verdict(
         pairs=_pairs(claim, contrasts),
         looks=(*history, record) if design.sequential is not None else (),
         **shared,
+    )
+
+
+def _below_gate(claim: Claim, outcomes: Mapping[tuple[str, int], Outcome], seeds: range) -> str:
+    """Why the claim's gate is shut; empty if it is open or there is none."""
+    gate = claim.gate
+    if gate is None:
+        return ""
+    found = {seed: cell.metrics[gate.metric] for seed, cell in _cells(gate.arm, outcomes, seeds).items()}
+    short = [seed for seed in seeds if seed not in found or found[seed] <= gate.least]
+    if not short:
+        return ""
+    values = ", ".join(f"{found[seed]:.3g}" if seed in found else "missing" for seed in short)
+    return (
+        f"not judged: {gate.metric} of {gate.arm} has to be above {gate.least:g} in every seed, and is {values} "
+        f"for seed{'s' * (len(short) > 1)} {', '.join(map(str, short))}"
     )
 
 
