@@ -108,7 +108,7 @@ def pattention_layers(model: nn.Module) -> dict[str, Pattention]:
     if not layers:
         raise ConfigError(
             "the model has no parameter tokens to append to; build it with model.block.projection: pattention or "
-            "model.block.feedforward: pattention, or enlarge its hidden layers with `widen`."
+            "model.block.feedforward: pattention, or enlarge its hidden layers (`widen`; `torchstone grow --widen`)."
         )
     return layers
 
