@@ -15,17 +15,14 @@ Goal: `batched` at least 20 times as fast as `naive` on text, with a loss equal 
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from alternating import parser_of, started
 from torch import Tensor
 
 from torchstone.data.batch import Batch
@@ -105,18 +102,8 @@ def measure(case: Case, rounds: int, clock: Callable[[], float]) -> dict[str, li
 
 def main() -> int:
     """Measure and print; exit code 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--quick", action="store_true", help="2 rounds")
-    parser.add_argument("--cpu", action="store_true", help="processor time; meaningful with --threads 1 only")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.cpu and given.threads != 1:
-        parser.error("--cpu adds up the time of all threads; use it with --threads 1")
-    clock = time.process_time if given.cpu else time.perf_counter
-    torch.set_num_threads(given.threads)
-    rounds, missed, ratios = 2 if given.quick else given.rounds, 0, {}
+    given, clock = started(parser_of(__doc__, rounds=5, quick=2))
+    rounds, missed, ratios = given.rounds, 0, {}
     print(f"torch {torch.__version__}, {given.threads} threads, {rounds} rounds")
     for title, case in cases().items():
         with torch.no_grad():

@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from alternating import measure, ratio
 from torch import Tensor, nn
 
 from torchstone.models.decoder import Decoder, DecoderConfig
@@ -117,24 +118,6 @@ def steps_of(shape: str, precision: str) -> tuple[Runs, Runs]:
         whole[name] = trained(model, lambda model=model: model(tokens_bt).hidden_btd, precision)  # type: ignore[misc]
         layers[name] = trained(mixer, lambda mixer=mixer: mixer(x_btd, Span())[0], precision)  # type: ignore[misc]
     return whole, layers
-
-
-def measure(runs: Runs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one to warm up."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            begun = clock()
-            runs[name]()
-            found[name].append(clock() - begun)
-    return found
-
-
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median over rounds of the ratio within a round."""
-    return statistics.median(one / other for one, other in zip(over, under, strict=True))
 
 
 def report(title: str, found: dict[str, list[float]]) -> dict[str, float]:

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alternating import measure
 from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
@@ -94,19 +95,6 @@ def layers(b: int, t: int, width: int, ratio: int) -> Runs:
     )
     runs["fla's layer"] = trained(theirs.cuda(), lambda layer: layer(x_btd)[0])
     return runs
-
-
-def measure(runs: Runs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one to warm up."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            begun = clock()
-            runs[name]()
-            found[name].append(clock() - begun)
-    return found
 
 
 def report(title: str, found: dict[str, list[float]]) -> dict[str, float]:

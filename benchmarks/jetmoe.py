@@ -14,17 +14,14 @@ Goal: `grouped` at most 1.3 times `dense`, feed-forward, fp32, one thread (`--th
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
+from alternating import measure, parser_of, ratio, started
 from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
@@ -81,24 +78,6 @@ def step_of(layer: nn.Module, kind: str, x_btd: Tensor, precision: str) -> Calla
     return step
 
 
-def measure(runs: Runs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after two to warm up."""
-    for run in [*runs.values()] * 2:
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            begun = clock()
-            runs[name]()
-            found[name].append(clock() - begun)
-    return found
-
-
-def ratio(over: list[float], under: list[float]) -> float:
-    """Median over rounds of the ratio within a round."""
-    return statistics.median(one / other for one, other in zip(over, under, strict=True))
-
-
 def report(title: str, found: dict[str, list[float]], flops: dict[str, float]) -> dict[str, float]:
     """Print milliseconds and ratios; the ratios."""
     times = "  ".join(f"{name} {statistics.median(values) * 1e3:,.1f}" for name, values in found.items())
@@ -115,18 +94,8 @@ def report(title: str, found: dict[str, list[float]], flops: dict[str, float]) -
 
 def main() -> int:
     """Measure and print; exit code 1 if the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=11)
-    parser.add_argument("--quick", action="store_true", help="3 rounds")
-    parser.add_argument("--cpu", action="store_true", help="processor time; meaningful with --threads 1 only")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.cpu and given.threads != 1:
-        parser.error("--cpu adds up the time of all threads; use it with --threads 1")
-    torch.set_num_threads(given.threads)
-    clock = time.process_time if given.cpu else time.perf_counter
-    rounds, missed = 3 if given.quick else given.rounds, 0
+    given, clock = started(parser_of(__doc__, rounds=11, quick=3))
+    rounds, missed = given.rounds, 0
     print(f"torch {torch.__version__}, {given.threads} threads, {ROWS * LENGTH} tokens, {rounds} rounds")
     ratios: dict[str, dict[str, float]] = {}
     for shape in SHAPES:
@@ -134,7 +103,7 @@ def main() -> int:
             for precision in ("fp32", "bf16"):
                 title = f"{kind}, {shape}, {precision}"
                 runs, flops = steps_of(kind, shape, precision)
-                ratios[title] = report(title, measure(runs, rounds, clock), flops)
+                ratios[title] = report(title, measure(runs, rounds, clock, warm=2), flops)
         missed += ratios[f"feedforward, {shape}, fp32"]["grouped / dense"] > GOAL
     print(f"goal, feedforward, fp32: grouped / dense at most {GOAL}")
     if given.json is not None:

@@ -17,16 +17,13 @@ Goals at 1024 tokens: scan at least 20 times as fast as `indexed`, layer at leas
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from alternating import measure, parser_of, started
 from torch import Tensor, nn
 
 from torchstone.nn.context import BuildContext
@@ -108,19 +105,6 @@ def layers(rows: int, width: int) -> Runs:
     return {"layer": run(ours, lambda: ours(x_btd, Span())[0]), "theirs": run(theirs, forward)}
 
 
-def measure(runs: Runs, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one to warm up."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            begun = clock()
-            runs[name]()
-            found[name].append(clock() - begun)
-    return found
-
-
 def report(title: str, found: dict[str, list[float]]) -> dict[str, float]:
     """Print milliseconds and how many times as long as the first the others take."""
     first = next(iter(found))
@@ -138,18 +122,8 @@ def report(title: str, found: dict[str, list[float]]) -> dict[str, float]:
 
 def main() -> int:
     """Measure and print; exit code 1 if a goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--quick", action="store_true", help="3 rounds")
-    parser.add_argument("--cpu", action="store_true", help="processor time; meaningful with --threads 1 only")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.cpu and given.threads != 1:
-        parser.error("--cpu adds up the time of all threads; use it with --threads 1")
-    torch.set_num_threads(given.threads)
-    clock = time.process_time if given.cpu else time.perf_counter
-    rounds, missed = 3 if given.quick else given.rounds, 0
+    given, clock = started(parser_of(__doc__, rounds=7, quick=3))
+    rounds, missed = given.rounds, 0
     print(f"torch {torch.__version__}, {given.threads} threads, {LENGTH} tokens, {rounds} rounds")
     ratios: dict[str, dict[str, float]] = {}
     for title, sizes in SCANS.items():

@@ -14,17 +14,14 @@ Goal: `layer` at most 1.2 times the time of `mlp`, in fp32 and every shape.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from alternating import measure, parser_of, started
 from torch import Tensor, nn
 
 from torchstone.nn.projection.pattention import Pattention, PattentionConfig
@@ -90,33 +87,10 @@ def step_of(module: nn.Module, x_td: Tensor, precision: str) -> Callable[[], obj
     return step
 
 
-def measure(runs: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round, after one to warm up."""
-    for run in runs.values():
-        run()
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds):
-        for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
-            begun = clock()
-            runs[name]()
-            found[name].append(clock() - begun)
-    return found
-
-
 def main() -> int:
     """Measure and print; exit code 1 if the goal is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--quick", action="store_true", help="5 rounds")
-    parser.add_argument("--cpu", action="store_true", help="processor time; meaningful with --threads 1 only")
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    if given.cpu and given.threads != 1:
-        parser.error("--cpu adds up the time of all threads; use it with --threads 1")
-    torch.set_num_threads(given.threads)
-    clock = time.process_time if given.cpu else time.perf_counter
-    rounds, missed = 5 if given.quick else given.rounds, 0
+    given, clock = started(parser_of(__doc__, rounds=15, quick=5))
+    rounds, missed = given.rounds, 0
     print(f"torch {torch.__version__}, {given.threads} threads, {rounds} rounds, forward and backward")
     ratios: dict[str, dict[str, float]] = {}
     for shape, (width, tokens, batch) in SHAPES.items():

@@ -47,16 +47,28 @@ REFUSED: dict[str, tuple[list[str], str]] = {
     "pairs without a backward encoder": (["objective=belief-state"], "needs a model with a backward encoder"),
     "a head of its own on a belief-state model": (
         ["model={kind: belief-state, end_token: 12}", "model.head=factored"],
-        "head",
+        "unknown key model.head; allowed keys",
     ),
-    "a position on a recurrence": (["model.block.mixer={kind: hgrn2, position: alibi}"], "position"),
-    "a score processor on experts": (["model.block.mixer={kind: moa, score_processor: dape}"], "score_processor"),
+    "a position on a recurrence": (
+        ["model.block.mixer={kind: hgrn2, position: alibi}"],
+        "unknown key model.block.mixer.position",
+    ),
+    "a score processor on experts": (
+        ["model.block.mixer={kind: moa, score_processor: dape}"],
+        "unknown key model.block.mixer.score_processor",
+    ),
     "more experts for a token than there are": (
         ["model.block.feedforward={kind: smoe, num_experts: 2, top_k: 3}"],
-        "top_k",
+        "top_k is 3 and there are 2 experts",
     ),
-    "a width that heads do not divide": (["model.block.mixer={kind: hgrn2, expand_ratio: 5}"], "32"),
-    "a width that blocks do not divide": (["model.block.mixer={kind: rglru, num_blocks: 5}"], "5"),
+    "a width that heads do not divide": (
+        ["model.block.mixer={kind: hgrn2, expand_ratio: 5}"],
+        "width 32 is not divisible by expand_ratio 5",
+    ),
+    "a width that blocks do not divide": (
+        ["model.block.mixer={kind: rglru, num_blocks: 5}"],
+        "32 is not divisible by 5",
+    ),
     "biases that differential attention lacks": (
         ["model.block.mixer={kind: attention, qkv_bias: true}", "model.block.mixer=differential"],
         "has no such setting",
