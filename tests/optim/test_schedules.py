@@ -9,14 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchstone.errors import ConfigError
-from torchstone.optim.schedules import (
-    ConstantConfig,
-    CosineConfig,
-    LinearConfig,
-    Stage,
-    consecutive,
-    warmup_steps,
-)
+from torchstone.optim.schedules.base import Stage, consecutive, warmup_steps
+from torchstone.optim.schedules.warmup_then import ConstantConfig, CosineConfig, LinearConfig
 
 SHAPES = [ConstantConfig, LinearConfig, CosineConfig]
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from torchstone.errors import ConfigError
-from torchstone.optim.schedules import Stage
-from torchstone.optim.wsd import WSDConfig
+from torchstone.optim.schedules.base import Stage
+from torchstone.optim.schedules.wsd import WSDConfig
 from torchstone.recipe.registry import parse_part
 
 SHAPES = ["exponential", "linear", "cosine", "sqrt"]

@@ -18,38 +18,36 @@ decay over the last 250B.
 
 Pitfalls
   fractions   of the whole run, not of what warmup leaves; `1` is one step, not all of them.
-  budget      `decay` as a fraction moves its beginning when a larger budget continues a run; updates that were made in the old
-              decay stay as they were.
+  budget      `decay` as a fraction moves its beginning with the budget: continuing a run whose decay had begun under a larger one
+              is refused, because steps that are done would have had other rates. Extend before the decay, or branch.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from torchstone.errors import ConfigError
-from torchstone.optim.schedules import Stage, consecutive, step_count
-from torchstone.recipe.part import Part
+from torchstone.optim.schedules.base import (
+    Schedule,
+    ScheduleConfig,
+    Stage,
+    check_fit,
+    check_step,
+    consecutive,
+    step_count,
+)
+from torchstone.optim.schedules.shapes import OF_SHARE
 
 Shape = Literal["exponential", "linear", "cosine", "sqrt"]
 
-_FACTORS: dict[str, Callable[[float, float], float]] = {
-    "exponential": lambda p, final: final**p,
-    "linear": lambda p, final: 1 - (1 - final) * p,
-    "cosine": lambda p, final: final + (1 - final) * 0.5 * (1 + math.cos(math.pi * p)),
-    "sqrt": lambda p, final: 1 - (1 - final) * math.sqrt(p),
-}
-
 
 @dataclass(frozen=True)
-class WSD:
+class WSD(Schedule):
     """`warmup` steps from `initial` to 1, then 1, then `decay` steps of `shape` to `final`, of `steps` in all."""
 
-    steps: int
     warmup: int
     decay: int
     shape: Shape
@@ -58,13 +56,14 @@ class WSD:
 
     def factor(self, step: int) -> float:
         """Factor of the peak rate at 0-based `step`; steps beyond the end keep the last factor."""
+        check_step(step)
         done, stable_end = step + 1, self.steps - self.decay
         if done <= self.warmup:
             return self.initial + (1 - self.initial) * done / self.warmup
         if done <= stable_end or self.decay == 0:
             return 1.0
         progress = min(1.0, (done - stable_end) / self.decay)
-        return self.final if progress == 1.0 else _FACTORS[self.shape](progress, self.final)
+        return self.final if progress == 1.0 else OF_SHARE[self.shape](progress, self.final)
 
     def stages(self) -> tuple[Stage, ...]:
         """`warmup`, `stable` and `decay`."""
@@ -72,10 +71,9 @@ class WSD:
         return consecutive(("warmup", self.warmup), ("stable", stable), ("decay", self.decay))
 
 
-class WSDConfig(Part):
+class WSDConfig(ScheduleConfig):
     """Warmup, the peak rate, and a decay at the end of the run."""
 
-    family: ClassVar[str] = "schedule"
     kind: Literal["wsd"] = "wsd"
     warmup: float = Field(default=0.05, ge=0, description="fraction of the run if below 1, else steps")
     decay: float = Field(default=0.2, gt=0, description="fraction of the run if below 1, else steps")
@@ -92,16 +90,19 @@ class WSDConfig(Part):
             )
         return self
 
-    def build(self, steps: int) -> WSD:
+    @classmethod
+    def inherit(cls, previous: Mapping[str, Any]) -> dict[str, Any]:
+        """Without a shape that is not one of its own, and without a decay of no step."""
+        kept = super().inherit(previous)
+        refused = {"shape": kept.get("shape") not in OF_SHARE, "decay": not kept.get("decay")}
+        return {name: value for name, value in kept.items() if not refused.get(name, False)}
+
+    def build(self, steps: int, peak: float | None = None) -> WSD:
         """The schedule of a run of `steps`.
 
         Raises:
             ConfigError: warmup and decay together are longer than the run.
         """
         warmup, decay = step_count(self.warmup, steps, "warmup"), step_count(self.decay, steps, "decay")
-        if warmup + decay > steps:
-            raise ConfigError(
-                f"{warmup} steps of warmup and {decay} steps of decay are longer than the run of {steps} steps; shorten "
-                "schedule.warmup or schedule.decay."
-            )
-        return WSD(steps, warmup, decay, self.shape, self.final, self.initial)
+        check_fit(warmup, decay, steps)
+        return WSD(steps, warmup, decay, self.shape, self.final, self.initial, peak=peak)
