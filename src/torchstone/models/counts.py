@@ -32,7 +32,8 @@ from torchstone.recipe.part import Part
 Precision = Literal["fp32", "bf16"]
 BYTES: dict[str, int] = {"fp32": 4, "bf16": 2}
 DEVICES = ("cpu", "cuda")
-OPTIMIZER_VALUES = {"adamw": 2, "lion": 1, "sgd": 0}  # fp32 values that an optimizer keeps per parameter
+# fp32 values that an optimizer keeps per parameter
+OPTIMIZER_VALUES = {"adamw": 2, "rotational": 2, "lion": 1, "liona": 1, "lionar": 1, "sgdm": 1, "sgd": 0}
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,15 @@ update; the trainer applies it. λ may differ by what a matrix does (`optim.weig
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
 from torch import nn
 
 from torchstone.optim.groups import parameter_groups
+from torchstone.optim.settings import carried_over
 from torchstone.optim.weight_decay import WeightDecay
 from torchstone.recipe.part import Part
 
@@ -33,6 +35,11 @@ class AdamWConfig(Part):
         default=WeightDecay(), description="decoupled decay of matrices, for all or by role; vectors are not decayed"
     )
     clip: float | None = Field(default=1.0, gt=0, description="largest global gradient norm; null: no clipping")
+
+    @classmethod
+    def inherit(cls, previous: Mapping[str, Any]) -> dict[str, Any]:
+        """Decay, and the rate of optimizers whose rates have the same scale (see `carried_over`)."""
+        return carried_over(cls.model_fields, "adamw", previous)
 
     def build(self, model: nn.Module) -> torch.optim.AdamW:
         """The optimizer over the model's trainable parameters; raises ConfigError (see `parameter_groups`)."""
