@@ -130,3 +130,42 @@ def test_a_component_without_share_does_not_make_nans() -> None:
     loss, losses_n = head_cross_entropy(head, hidden_nd, targets_n, 8)
     loss.backward()
     assert losses_n.isfinite().all() and hidden_nd.grad is not None and hidden_nd.grad.isfinite().all()
+
+
+WEIGHTS = torch.tensor([0.0, 1.0, 0.25, 2.0, 0.0]).repeat(TOKENS // 5)
+
+
+@EVERY_HEAD
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_weights_multiply_losses_and_gradients(part: dict[str, Any], chunk: int | None) -> None:
+    head, embedding = head_of(part)
+    hidden_nd, targets_n = inputs()
+    found, losses_n = head_cross_entropy(head, hidden_nd, targets_n, chunk, weights_n=WEIGHTS)
+    _, expected_n = plain(head, hidden_nd, targets_n)
+    torch.testing.assert_close(found, (expected_n * WEIGHTS).sum())
+    torch.testing.assert_close(losses_n, torch.where(WEIGHTS == 0, 0.0, expected_n.detach()))
+    given = leaves(head, embedding, hidden_nd)
+    ours = torch.autograd.grad(found, given)
+    theirs = torch.autograd.grad((expected_n * WEIGHTS).sum(), given)
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-5, rtol=2e-5)
+
+
+@EVERY_HEAD
+def test_weights_of_one_change_no_bit(part: dict[str, Any]) -> None:
+    head, embedding = head_of(part)
+    hidden_nd, targets_n = inputs()
+    found = {}
+    for name, weights_n in (("plain", None), ("ones", torch.ones(TOKENS))):
+        loss_sum, losses_n = head_cross_entropy(head, hidden_nd, targets_n, 7, weights_n=weights_n)
+        found[name] = [loss_sum, losses_n, *torch.autograd.grad(loss_sum, leaves(head, embedding, hidden_nd))]
+    assert all(torch.equal(one, other) for one, other in zip(found["plain"], found["ones"], strict=True))
+
+
+@EVERY_HEAD
+def test_no_weight_at_all_is_a_loss_of_zero_with_a_gradient(part: dict[str, Any]) -> None:
+    head, _ = head_of(part)
+    hidden_nd, targets_n = inputs()
+    loss_sum, losses_n = head_cross_entropy(head, hidden_nd, targets_n, weights_n=torch.zeros(TOKENS))
+    (gradient_nd,) = torch.autograd.grad(loss_sum, hidden_nd)
+    assert loss_sum.item() == 0 and not losses_n.any() and not gradient_nd.any()

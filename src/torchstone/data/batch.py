@@ -8,7 +8,9 @@ shift again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,9 @@ class Batch:
         documents_bt: int64 id >= 0 of the document of each token, unique inside a row; None: one document.
         rows: number of each sequence in its stream (training: step * size + row; evaluation: 0, 1, …), for
             audits of which process saw what.
+        reference_bt: fp32, a reference model's loss on each target, 0 where there is none; see `torchstone.data.scored`.
+        noise_bt: bool, where the target is noise that the data's maker put in.
+        weights_bt: fp32, the weight of each target, where it is decided before the gradient.
     """
 
     tokens_bt: Tensor
@@ -34,25 +39,24 @@ class Batch:
     positions_bt: Tensor | None = None
     documents_bt: Tensor | None = None
     rows: tuple[int, ...] = ()
+    reference_bt: Tensor | None = None
+    noise_bt: Tensor | None = None
+    weights_bt: Tensor | None = None
 
     @property
     def tokens(self) -> int:
         """Number of input tokens."""
         return self.tokens_bt.numel()
 
+    def map(self, change: Callable[[Tensor], Tensor], rows: tuple[int, ...] | None = None) -> Batch:
+        """The batch with every tensor changed; `rows`, if given, in place of its own."""
+        values = {name: getattr(self, name) for name in TENSORS}
+        changed: dict[str, Any] = {name: None if value is None else change(value) for name, value in values.items()}
+        return replace(self, **changed, rows=self.rows if rows is None else rows)
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device; does not wait for the copy where the memory is pinned."""
-
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
-
-        return Batch(
-            self.tokens_bt.to(device, non_blocking=True),
-            self.targets_bt.to(device, non_blocking=True),
-            move(self.positions_bt),
-            move(self.documents_bt),
-            self.rows,
-        )
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def split(self, micro: int | None) -> list[Batch]:
         """Consecutive pieces of at most `micro` sequences, the last one perhaps smaller; None: one piece."""
@@ -62,10 +66,7 @@ class Batch:
         return [self._piece(slice(start, start + micro)) for start in range(0, size, micro)]
 
     def _piece(self, part: slice) -> Batch:
-        return Batch(
-            self.tokens_bt[part],
-            self.targets_bt[part],
-            None if self.positions_bt is None else self.positions_bt[part],
-            None if self.documents_bt is None else self.documents_bt[part],
-            self.rows[part],
-        )
+        return self.map(lambda tensor: tensor[part], self.rows[part])
+
+
+TENSORS = tuple(entry.name for entry in fields(Batch) if entry.name.endswith("_bt"))

@@ -36,6 +36,7 @@ Pitfalls
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -126,7 +127,7 @@ class Shifted:
 
     def _moved(self, batch: Batch) -> Batch:
         targets_bt = torch.where(batch.targets_bt == IGNORE, IGNORE, batch.targets_bt + self.first)
-        return Batch(batch.tokens_bt + self.first, targets_bt, batch.positions_bt, batch.documents_bt, batch.rows)
+        return replace(batch, tokens_bt=batch.tokens_bt + self.first, targets_bt=targets_bt)
 
 
 class Mixture:
@@ -201,12 +202,16 @@ class Mixture:
     def batch(self, seed: int, step: int, size: int, start: int = 0, stop: int | None = None) -> Batch:
         """Rows start … stop-1 of the global batch of `size` sequences at `step`."""
         rows, table = row_range(size, start, stop), self.timetable(size)
-        pieces, begin = [], 0
-        for part, count, number, block in self._places(table, step):
+        pieces: list[Batch] = []
+        owners: list[int] = []
+        begin = 0
+        for index, (part, count, number, block) in enumerate(self._places(table, step)):
             first, last = max(rows.start - begin, 0), min(rows.stop - begin, count)
-            for index, low, high in _blocks(number + first, number + last, block):
-                pieces.append(part.batch(seed, index, block, low, high))
+            for piece, low, high in _blocks(number + first, number + last, block):
+                pieces.append(part.batch(seed, piece, block, low, high))
             begin += count
+            owners += [index] * (len(pieces) - len(owners))
+        _check_scored(pieces, owners)
         return _joined(pieces, tuple(step * size + row for row in rows))
 
     def evaluation(self, size: int, sequences: int) -> Iterator[Batch]:
@@ -278,15 +283,32 @@ def _check_kinds(names: Sequence[str]) -> None:
         )
 
 
+def _check_scored(pieces: Sequence[Batch], owners: Sequence[int]) -> None:
+    """Raise ConfigError naming a source without stored reference losses where another has some."""
+    having = sorted({owner for piece, owner in zip(pieces, owners, strict=True) if piece.reference_bt is not None})
+    lacking = sorted(set(owners) - set(having))
+    if having and lacking:
+        raise ConfigError(
+            f"source {lacking[0]} of the mixture brings no stored reference losses, and source {having[0]} does; wrap every "
+            "source in {kind: scored, source: …, scores: …}, or none."
+        )
+
+
 def _joined(batches: Sequence[Batch], rows: tuple[int, ...]) -> Batch:
-    """One batch of several; rows without documents are one document each where others have some."""
+    """One batch of several; rows without documents are one document each, and without noise flags clean, where others have
+    some. Reference losses are kept; `_check_scored` makes sure that all have them or none.
+    """
     masked = any(batch.documents_bt is not None for batch in batches)
+    flagged = any(batch.noise_bt is not None for batch in batches)
+    scored = [batch.reference_bt for batch in batches if batch.reference_bt is not None]
     return Batch(
         torch.cat([batch.tokens_bt for batch in batches]),
         torch.cat([batch.targets_bt for batch in batches]),
         torch.cat([_positions(batch) for batch in batches]) if masked else None,
         torch.cat([_documents(batch) for batch in batches]) if masked else None,
         rows,
+        reference_bt=torch.cat(scored) if len(scored) == len(batches) else None,
+        noise_bt=torch.cat([_noise(batch) for batch in batches]) if flagged else None,
     )
 
 
@@ -294,6 +316,10 @@ def _positions(batch: Batch) -> Tensor:
     if batch.positions_bt is not None:
         return batch.positions_bt
     return torch.arange(batch.tokens_bt.shape[1]).expand_as(batch.tokens_bt)
+
+
+def _noise(batch: Batch) -> Tensor:
+    return batch.noise_bt if batch.noise_bt is not None else torch.zeros_like(batch.tokens_bt, dtype=torch.bool)
 
 
 def _documents(batch: Batch) -> Tensor:

@@ -21,7 +21,7 @@ from torchstone.data.batch import IGNORE
 
 
 class MixtureCrossEntropy(torch.autograd.Function):
-    """(states_nkd, log_prior_nk, weight_vd, targets_n) → (sum of losses, losses_n)."""
+    """(states_nkd, log_prior_nk, weight_vd, targets_n) → (sum of losses, losses_n); with weights_n, a weighted sum."""
 
     @staticmethod
     def forward(
@@ -32,6 +32,7 @@ class MixtureCrossEntropy(torch.autograd.Function):
         targets_n: Tensor,
         chunk: int,
         dtype: torch.dtype,
+        weights_n: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Losses, and what the backward pass will scale."""
         cast_nkd, cast_vd = states_nkd.to(dtype), weight_vd.to(dtype)
@@ -47,7 +48,8 @@ class MixtureCrossEntropy(torch.autograd.Function):
             joint_ck = log_prior_nk[rows].float() + log_p_ckv.gather(2, index_ck1).squeeze(2)
             log_p_c1 = joint_ck.logsumexp(1, keepdim=True)
             losses_n[rows] = torch.where(valid_c1, -log_p_c1, 0.0).squeeze(1)
-            share_ck1 = ((joint_ck - log_p_c1).exp() * valid_c1).unsqueeze(2)
+            scale_c1 = valid_c1 if weights_n is None else valid_c1 * weights_n[rows, None]
+            share_ck1 = ((joint_ck - log_p_c1).exp() * scale_c1).unsqueeze(2)
             grad_prior_nk[rows] = -share_ck1.squeeze(2)
             minus_one_ck1 = torch.full_like(index_ck1, -1, dtype=torch.float32)
             grad_ckv = log_p_ckv.exp_().scatter_add_(2, index_ck1, minus_one_ck1).mul_(share_ck1).to(dtype)
@@ -55,9 +57,9 @@ class MixtureCrossEntropy(torch.autograd.Function):
             grad_weight_vd += grad_ckv.flatten(0, 1).t() @ states_ckd.flatten(0, 1)
         ctx.save_for_backward(grad_states_nkd, grad_prior_nk, grad_weight_vd.to(weight_vd.dtype))
         ctx.mark_non_differentiable(losses_n)
-        return losses_n.sum(), losses_n
+        return (losses_n if weights_n is None else losses_n * weights_n).sum(), losses_n
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         """Scale what the forward pass left."""
-        return *(saved * grad_sum.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None
+        return *(saved * grad_sum.to(saved.dtype) for saved in ctx.saved_tensors), None, None, None, None

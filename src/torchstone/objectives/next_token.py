@@ -44,10 +44,11 @@ class LossOutput:
 
     Attributes:
         loss_sum: scalar, differentiable: the sum over valid targets.
-        count: scalar int64: valid targets.
-        per_token_bt: fp32, detached; 0 where there is no target.
+        count: scalar int64: what the sum is divided by, the valid targets unless an objective selects among them.
+        per_token_bt: fp32, detached, unweighted; 0 where there is no target.
         correct_bt: bool, where the target is the most likely token; only without gradients, else None.
         auxiliary: scalar, differentiable: what layers add to the mean loss (load balance of experts); None if nothing.
+        weights_bt: fp32, detached: the weight of each target in the sum; None: 1 each.
     """
 
     loss_sum: Tensor
@@ -55,6 +56,7 @@ class LossOutput:
     per_token_bt: Tensor
     correct_bt: Tensor | None = None
     auxiliary: Tensor | None = None
+    weights_bt: Tensor | None = None
 
     @property
     def minimised(self) -> Tensor:
@@ -83,6 +85,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         chunk: int,
         dtype: torch.dtype,
         soft_cap: float | None,
+        weights_n: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         cast_nd, cast_vd = hidden_nd.to(dtype), weight_vd.to(dtype)
         # Results are written in place: what outlives a chunk must not lie between the large blocks that chunks free.
@@ -98,7 +101,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             del logits_cv  # frees a chunk of memory before the gradient needs it
             losses_n[rows] = torch.where(valid_c, -log_p_cv.gather(1, index_c1).squeeze(1), 0.0)
             minus_one_c1 = torch.full_like(index_c1, -1, dtype=torch.float32)
-            grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(valid_c.unsqueeze(1))
+            scale_c = valid_c if weights_n is None else valid_c * weights_n[rows]
+            grad_cv = log_p_cv.exp_().scatter_add_(1, index_c1, minus_one_c1).mul_(scale_c.unsqueeze(1))
             grad_cv = (grad_cv if slope_cv is None else grad_cv.mul_(slope_cv)).to(dtype)
             grad_hidden_nd[rows] = grad_cv @ cast_vd
             if dtype == torch.float32:
@@ -107,13 +111,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 grad_weight_vd += grad_cv.t() @ hidden_cd
         ctx.save_for_backward(grad_hidden_nd, grad_weight_vd.to(weight_vd.dtype))
         ctx.mark_non_differentiable(losses_n)
-        return losses_n.sum(), losses_n
+        return (losses_n if weights_n is None else losses_n * weights_n).sum(), losses_n
 
     @staticmethod
-    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad_sum: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden_nd, grad_weight_vd = ctx.saved_tensors
         hidden_scale, weight_scale = grad_sum.to(grad_hidden_nd.dtype), grad_sum.to(grad_weight_vd.dtype)
-        return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None, None
+        return grad_hidden_nd * hidden_scale, grad_weight_vd * weight_scale, None, None, None, None, None
 
 
 def _bounded(logits_cv: Tensor, soft_cap: float | None) -> tuple[Tensor, Tensor | None]:
@@ -139,6 +143,7 @@ def chunked_cross_entropy(
     chunk: int | None = None,
     untraced: Untraced | None = None,
     soft_cap: float | None = None,
+    weights_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Sum of cross-entropies and each token's own, of logits `hidden @ weightᵀ`.
 
@@ -149,25 +154,39 @@ def chunked_cross_entropy(
         chunk: tokens at a time; None takes `chunk_size`.
         untraced: used in place of the traced function where there are many chunks, see `NextToken.before_compile`.
         soft_cap: bound of the logits, or None.
+        weights_n: fp32, detached: factor of each token's loss in the sum; None: 1 each.
 
     Returns:
-        the sum (differentiable, fp32) and losses [n] (detached, fp32; 0 where there is no target).
+        the sum (differentiable, fp32) and losses [n] (detached, unweighted, fp32; 0 where there is no target).
     """
     size = chunk or chunk_size(weight_vd)
     apply = _function(_ChunkedCrossEntropy, -(-hidden_nd.shape[0] // size), untraced)
-    return apply(hidden_nd, weight_vd, targets_n, size, _product_type(hidden_nd), soft_cap)
+    return apply(hidden_nd, weight_vd, targets_n, size, _product_type(hidden_nd), soft_cap, weights_n)
 
 
 def head_cross_entropy(
-    head: Head, hidden_nd: Tensor, targets_n: Tensor, chunk: int | None = None, untraced: Untraced | None = None
+    head: Head,
+    hidden_nd: Tensor,
+    targets_n: Tensor,
+    chunk: int | None = None,
+    untraced: Untraced | None = None,
+    weights_n: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The same for any head: `hidden_nd` are the states that the head takes, `chunk` counts tokens."""
+    """The same for any head: `hidden_nd` are the states that the head takes, `chunk` counts tokens.
+
+    With `weights_n`, tokens of weight 0 cost nothing: their logits are not computed, and their loss is given as 0.
+    """
+    if weights_n is not None and bool((kept_n := (weights_n != 0) | (targets_n == IGNORE)).logical_not().any()):
+        chosen = kept_n.logical_and(targets_n != IGNORE).nonzero().squeeze(1)
+        pieces = hidden_nd[chosen], targets_n[chosen]
+        loss_sum, losses_c = head_cross_entropy(head, *pieces, chunk, untraced, weights_n[chosen])
+        return loss_sum, torch.zeros_like(weights_n).index_copy_(0, chosen, losses_c)
     states, log_prior_nk = head.features(hidden_nd)
     if log_prior_nk is None:
-        return chunked_cross_entropy(states, head.weight_vd, targets_n, chunk, untraced, head.soft_cap)
+        return chunked_cross_entropy(states, head.weight_vd, targets_n, chunk, untraced, head.soft_cap, weights_n)
     size = chunk or max(1, chunk_size(head.weight_vd) // log_prior_nk.shape[1])
     apply = _function(MixtureCrossEntropy, -(-hidden_nd.shape[0] // size), untraced)
-    return apply(states, log_prior_nk, head.weight_vd, targets_n, size, _product_type(hidden_nd))
+    return apply(states, log_prior_nk, head.weight_vd, targets_n, size, _product_type(hidden_nd), weights_n)
 
 
 def _function(
