@@ -245,3 +245,32 @@ def test_the_default_warning_goes_to_stderr(tmp_path, capsys):
     (store.path(2) / "model.safetensors").unlink()
     assert store.load(fallback=True).step == 1
     assert "WARNING" in capsys.readouterr().err
+
+
+def test_protected_steps_are_never_deleted(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, protected=(2, 4, 12))
+    for step in range(1, 8):
+        store.save(make_snapshot(step))
+    assert store.steps() == [2, 4, 6, 7]
+    assert_same(store.load(2), make_snapshot(2))
+    assert store.latest() == 7
+
+
+def test_room_is_kept_for_protected_steps(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 4 * 10**9))
+    CheckpointStore(tmp_path / "checkpoints", keep=2, protected=(4, 12)).check_space(10**9)
+    with pytest.raises(
+        CheckpointError, match=r"keeping 4 checkpoints \(2 and 2 ends of decays or cycles\) of 1 GB, and"
+    ):
+        CheckpointStore(tmp_path / "checkpoints", keep=2, protected=(4, 8, 12)).check_space(10**9)
+
+
+def test_ends_before_a_branch_begins_need_no_room(tmp_path, monkeypatch):
+    store = CheckpointStore(tmp_path / "checkpoints", keep=2, protected=(*range(1, 20), 24))
+    store.save(make_snapshot(20))
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 2 * 10**9))
+    store.check_space(10**9)  # one is there, one more is kept, and one while saving
+    with pytest.raises(CheckpointError, match="keeping 2 checkpoints of 2 GB, .* lower checkpoint.keep"):
+        store.check_space(2 * 10**9)

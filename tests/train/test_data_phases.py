@@ -228,8 +228,10 @@ def test_a_budget_that_moves_a_decay_that_has_begun_is_refused(recipe, tmp_path)
     with pytest.raises(ConfigError, match=words):
         run(tmp_path / "run", recipe(budget={"steps": 12}))
     assert (tmp_path / "run" / "recipe.yaml").read_bytes() == before
-    longer = run(tmp_path / "run", recipe(budget={"steps": 12}, schedule={**WSD, "decay": 6}))
-    assert longer.steps == 12
+    slower = recipe(budget={"steps": 12}, schedule={**WSD, "decay": 6})  # the same data, other rates
+    with pytest.raises(ConfigError, match="under another plan: step 6, which is done"):
+        run(tmp_path / "run", slower)
+    assert run(tmp_path / "run", slower, allow=["schedule"]).steps == 12
 
 
 def test_a_budget_that_adds_a_stage_is_refused(recipe, tmp_path):

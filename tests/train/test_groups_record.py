@@ -14,7 +14,7 @@ from torchstone.recipe.load import load_recipe
 from torchstone.train.budget import groups_of
 from torchstone.train.checkpoint import CheckpointStore
 from torchstone.train.precision import Compute
-from torchstone.train.record import read_record
+from torchstone.train.record import OPTIONAL, read_record
 from torchstone.train.run import train
 from torchstone.train.signals import Stop
 
@@ -116,7 +116,7 @@ def test_records_of_versions_that_listed_no_groups_are_read_and_continued(tmp_pa
 def test_a_record_that_lacks_anything_else_is_damaged(tmp_path):
     run = begun(tmp_path / "run")
     record = json.loads((run / "run.json").read_text())
-    for name in record.keys() - {"groups"}:
+    for name in record.keys() - OPTIONAL.keys():
         (run / "run.json").write_text(json.dumps({key: value for key, value in record.items() if key != name}))
         with pytest.raises(CheckpointError, match="damaged"):
             read_record(run)

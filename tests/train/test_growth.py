@@ -256,4 +256,24 @@ def test_a_budget_that_is_spent_before_the_first_step_is_said_to_be(small: Path,
     longer = load_recipe(tmp_path / "grown" / "recipe.yaml", [f"budget.steps={TOTAL + 2}"])
     assert train(longer, tmp_path / "grown", progress=lambda state: None).steps == TOTAL + 2
     again = load_recipe(longer, ["budget.steps=5"])  # a run with steps of its own is finished, not empty
-    assert train(again, tmp_path / "grown", progress=lambda state: None).steps == TOTAL + 2
+    assert train(again, tmp_path / "grown", progress=lambda state: None, allow=["schedule"]).steps == TOTAL + 2
+
+
+def test_rates_of_the_small_run_do_not_bind_the_grown_one_and_its_own_do(small: Path, tmp_path: Path) -> None:
+    grow_run(small, tmp_path / "grown", AppendTokens(2))
+    longer = load_recipe(tmp_path / "grown" / "recipe.yaml", ["budget.steps=40"])  # another cosine from step 0 on
+    run(longer, tmp_path / "grown", until=STEPS + 2)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"another plan: step {STEPS}, which is done"):
+        train(load_recipe(longer, ["budget.steps=30"]), tmp_path / "grown", progress=lambda state: None)
+
+
+def test_a_grown_run_of_a_version_that_kept_the_origin_beside_the_record(small: Path, tmp_path: Path) -> None:
+    grow_run(small, tmp_path / "grown", AppendTokens(2))
+    path = tmp_path / "grown" / "run.json"
+    full = read_record(tmp_path / "grown")
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({key: value for key, value in stored.items() if key not in ("origin", "rates_from")}))
+    found = read_record(tmp_path / "grown")
+    assert found.origin is not None and full.origin is not None and found.rates_from == full.rates_from == STEPS
+    for name in ("kind", "run", "step", "tokens", "flops"):
+        assert getattr(found.origin, name) == getattr(full.origin, name)

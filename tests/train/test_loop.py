@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -111,6 +112,19 @@ def test_callbacks_see_every_step_with_its_metrics(tmp_path):
 
     summary = train(tiny_recipe(), tmp_path / "run", compute=PLAIN, progress=lambda state: None, callbacks=[Watch()])
     assert Watch.seen == list(zip([1, 2, 3], summary.history["train"]["loss"], strict=True))
+
+
+def test_numbers_of_a_callback_join_the_record_of_their_step(tmp_path):
+    class Twice(Callback):
+        def on_step(self, view):
+            assert view.optimizer.param_groups and view.directory == tmp_path / "run"
+            return {"twice": 2 * view.metrics["loss"]} if view.position.step != 2 else None
+
+    train(tiny_recipe(), tmp_path / "run", compute=PLAIN, progress=lambda state: None, callbacks=[Twice()])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    steps = {line["step"]: line for line in lines if line["kind"] == "train"}
+    assert {step for step, line in steps.items() if "twice" in line} == {1, 3}
+    assert steps[3]["twice"] == 2 * steps[3]["loss"]
 
 
 # Choosing precision and compilation ---------------------------------------------------------------

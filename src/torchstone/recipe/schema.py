@@ -90,7 +90,9 @@ class Checkpoint(Section):
     """When to save and how many complete checkpoints to keep."""
 
     every: int | None = Field(default=None, gt=0, description="steps between saves; null: at the end and on a signal")
-    keep: int = Field(default=2, gt=0, description="complete checkpoints kept")
+    keep: int = Field(
+        default=2, gt=0, description="newest complete checkpoints kept; ends of decays and cycles are kept besides"
+    )
 
 
 class Recipe(Section):

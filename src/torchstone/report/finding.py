@@ -36,6 +36,31 @@ class Heatmap(Record):
         return self
 
 
+class TokenSpan(Record):
+    """A piece of text with a number of its own. `value` is null where there is none; `marked` is what the reader looks for."""
+
+    text: str
+    value: float | None = None
+    marked: bool = False
+
+
+class TokenText(Record):
+    """A text whose tokens are coloured by a number, some of them marked.
+
+    Attributes:
+        title: of the text.
+        value_label: what the colours show, unit included; they mirror around 0.
+        mark_label: what being marked means.
+        spans: the text in order; joined they are the text.
+    """
+
+    title: str
+    value_label: str
+    mark_label: str
+    spans: tuple[TokenSpan, ...]
+    note: str = ""
+
+
 class Finding(Record):
     """Everything that a reader of one analysis needs.
 
@@ -47,7 +72,7 @@ class Finding(Record):
         control: what the numbers are compared with, and why that is the right comparison.
         tables: the first is the main one. Each becomes a CSV file, named by its title. The control's numbers are columns of
             the same table or a table of their own.
-        heatmaps, figures: for the report.
+        heatmaps, figures, token_texts: for the report.
         paper: the paper's numbers beside ours.
         notes: small print (skipped heads, δ = 0, …).
     """
@@ -62,6 +87,7 @@ class Finding(Record):
     tables: tuple[Table, ...]
     heatmaps: tuple[Heatmap, ...] = ()
     figures: tuple[Figure, ...] = ()
+    token_texts: tuple[TokenText, ...] = ()
     paper: tuple[PaperFigure, ...] = ()
     notes: tuple[str, ...] = ()
     created: str = Field(default="", description="UTC, ISO 8601; set when the finding is written")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchstone.report import heatmap, markdown, numbers, tables
+from torchstone.report import heatmap, markdown, numbers, tables, token_texts
 from torchstone.report.charts import Chart, Detail, figure_charts
-from torchstone.report.finding import Finding, Heatmap
+from torchstone.report.finding import Finding, Heatmap, TokenText
 from torchstone.report.markup import Markup, element
 from torchstone.report.result import PaperFigure, Table
 from torchstone.report.sections import charts as chart_sections
@@ -36,6 +36,7 @@ def _page(finding: Finding, detail: Detail) -> str:
         ("control", "Control", _control(finding)),
         ("heatmaps", "Maps", _heatmaps(finding.heatmaps)),
         ("figures", "Figures", chart_sections.figures(charts, 0)),
+        ("texts", "Texts", _texts(finding.token_texts)),
         ("tables", "Tables", _tables(finding.tables)),
         ("paper", "Paper", _paper(finding.paper)),
         ("about", "About", _about(finding)),
@@ -96,6 +97,12 @@ def _label(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
 
 
+def _texts(texts: Sequence[TokenText]) -> Markup | None:
+    if not texts:
+        return None
+    return section("texts", "Texts", token_texts.section_of(texts, WHERE))
+
+
 def _tables(every: Sequence[Table]) -> Markup:
     parts = []
     for table in every:
@@ -150,6 +157,12 @@ def text(finding: Finding) -> str:
         ]
         if table.note:
             parts.append(markdown.escape(table.note))
+    for one in finding.token_texts:
+        marked = sum(span.marked for span in one.spans)
+        words = token_texts.marked_words(one)
+        parts += [f"## {markdown.escape(one.title)}", f"{marked:,} of {len(one.spans):,} tokens are marked: "
+                  f"{markdown.escape(one.mark_label)}." + (f" The largest by {markdown.escape(one.value_label)}: "
+                  f"{markdown.escape(words)}." if words else "")]  # fmt: skip
     if finding.paper:
         parts += ["## The paper's figures beside these", markdown.grid(_paper_grid(finding.paper))]
     parts += [f"- {markdown.escape(note)}" for note in finding.notes]

@@ -3,7 +3,7 @@
 finding.json     the truth
 report.html      one self-contained page
 report.md        the same without pictures
-TABLE.csv        one per table, named by its title; the first table first
+TABLE.csv        one per table and per coloured text, named by its title
 figures/*.svg    every heat map and line chart as a still picture
 
 Where the folder holds an earlier finding, that one's tables and pictures are removed first, so that none of them stands beside
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torchstone.report import finding_page, heatmap, line_plot
+from torchstone.report import finding_page, heatmap, line_plot, token_texts
 from torchstone.report.finding import Finding
 from torchstone.report.markup import Markup
 from torchstone.report.result import Table
@@ -54,7 +54,8 @@ def _files(finding: Finding) -> dict[str, Callable[[], str]]:
         *((one.title, partial(_drawn, heatmap.svg, one)) for one in finding.heatmaps),
         *((chart.title, partial(_drawn, line_plot.svg, chart)) for chart in finding_page.charts_of(finding)),
     ]
-    tables = zip(_names([table.title for table in finding.tables]), finding.tables, strict=True)
+    written = [*finding.tables, *map(token_texts.as_table, finding.token_texts)]
+    tables = zip(_names([table.title for table in written]), written, strict=True)
     figures = zip(_names([title for title, _ in pictures]), pictures, strict=True)
     return {
         **{f"{name}.csv": partial(as_csv, table) for name, table in tables},

@@ -85,15 +85,25 @@ def _known(columns: object) -> list[float]:
 
 def _grid(x: _Axis, y: _Axis) -> list[Child]:
     found: list[Child] = []
-    for value in x.ticks():
+    for value, label in _labelled(x.ticks()):
         at = f"{x.pixel(value):.1f}"
         found.append(element("line", x1=at, x2=at, y1=TOP, y2=HEIGHT - BOTTOM, stroke=GRID))
-        found.append(_text(f"{value:.4g}", x.pixel(value), HEIGHT - BOTTOM + 17, "middle"))
-    for value in y.ticks():
+        found.append(_text(label, x.pixel(value), HEIGHT - BOTTOM + 17, "middle"))
+    for value, label in _labelled(y.ticks()):
         at = f"{y.pixel(value):.1f}"
         found.append(element("line", x1=LEFT, x2=WIDTH - RIGHT, y1=at, y2=at, stroke=GRID))
-        found.append(_text(f"{value:.4g}", LEFT - 7, y.pixel(value) + 4, "end"))
+        found.append(_text(label, LEFT - 7, y.pixel(value) + 4, "end"))
     return found
+
+
+def _labelled(values: list[float]) -> list[tuple[float, str]]:
+    """Ticks with their labels: as many digits as tell neighbours apart, at least four."""
+    steps = [abs(after - before) for before, after in zip(values, values[1:], strict=False) if after != before]
+    digits = 4
+    if steps:
+        most, least = max(map(abs, values)), min(steps)
+        digits = max(4, math.floor(math.log10(most) + 1e-9) - math.floor(math.log10(least) + 1e-9) + 1)
+    return [(value, f"{value:.{digits}g}") for value in values]
 
 
 def _points(xs: list[float | None], ys: list[float | None], x: _Axis, y: _Axis) -> NDArray[np.float64]:

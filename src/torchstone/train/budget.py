@@ -22,22 +22,29 @@ def counts_of(recipe: Recipe) -> Counts:
     """Parameters and FLOPs of a recipe's model on its data's vocabulary and length.
 
     Training costs three forward passes of the model, or of what the objective makes of it where that is more (pairs of
-    prefixes and suffixes): an objective then says so in `flops(model, length)`, per token.
+    prefixes and suffixes): an objective then says so in `flops(model, length)`, per token; and in `planned_flops(model, length)`
+    what it costs besides where a step has several micro-batches.
 
     Raises:
         ConfigError: the objective needs another kind of model.
     """
     vocabulary, length = recipe.data.vocabulary(), recipe.data.sequence_length()
     counts = count(recipe.model, vocabulary, length)
-    forward = _forward_flops(recipe.objective, recipe.model, vocabulary, length)
+    pieces = recipe.batch.micro is not None and recipe.batch.micro < recipe.batch.sequences
+    forward = _forward_flops(recipe.objective, recipe.model, vocabulary, length, pieces)
     return counts if forward is None else replace(counts, training_flops_per_token=3 * forward)
 
 
 @lru_cache(maxsize=512)
-def _forward_flops(objective: Part, model: Part, vocabulary: int, length: int) -> float | None:
-    """What the objective says of its forward pass, per token; None if it says nothing."""
-    own = getattr(objective.build(), "flops", None)  # type: ignore[attr-defined]
-    return None if own is None else float(own(model.skeleton(vocabulary, length), length))  # type: ignore[attr-defined]
+def _forward_flops(objective: Part, model: Part, vocabulary: int, length: int, pieces: bool) -> float | None:
+    """What the objective says of its forward pass, per token; None if it says nothing. A plan is a forward pass that has no
+    backward one, so that it counts a third."""
+    built: Any = objective.build()  # type: ignore[attr-defined]
+    if not hasattr(built, "flops"):
+        return None
+    skeleton = model.skeleton(vocabulary, length)  # type: ignore[attr-defined]
+    planned = built.planned_flops(skeleton, length) if pieces and hasattr(built, "planned_flops") else 0.0
+    return float(built.flops(skeleton, length) + planned)
 
 
 def groups_of(recipe: Recipe) -> list[dict[str, Any]]:

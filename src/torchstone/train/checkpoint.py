@@ -25,7 +25,7 @@ import secrets
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,13 +81,21 @@ class CheckpointStore:
         directory: holds one folder per step; made with the first save.
         keep: complete checkpoints to keep, at least one; older ones are deleted after a save.
         say: receives warnings.
+        protected: steps that are never deleted, beside the `keep` newest (ends of cycles, `Schedule.checkpoints`).
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, say: Callable[[str], None] = say_on_stderr) -> None:
+    def __init__(
+        self,
+        directory: str | Path,
+        keep: int = 2,
+        say: Callable[[str], None] = say_on_stderr,
+        protected: Iterable[int] = (),
+    ) -> None:
         assert keep >= 1, "a run without a checkpoint cannot be resumed"
         self.directory = Path(directory)
         self.keep = keep
         self.say = say
+        self.protected = frozenset(protected)
 
     def path(self, step: int) -> Path:
         """The folder of a step."""
@@ -121,16 +129,21 @@ class CheckpointStore:
         return max(self.steps(), default=None)
 
     def check_space(self, bytes_per_checkpoint: int) -> None:
-        """Raise CheckpointError unless the disk has room for `keep` checkpoints and one being saved."""
+        """Raise CheckpointError unless the disk has room for every checkpoint that will be kept and one being saved."""
         self.directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.directory).free
-        there = min(sum(map(_complete, self._folders().values())), self.keep)
-        needed = bytes_per_checkpoint * (self.keep + 1 - there)
+        complete = [step for step, path in self._folders().items() if _complete(path)]
+        newest = max(complete, default=0)
+        # steps that are past and not there will not come any more, such as those before a branch's beginning
+        ends = sum(step in complete or step > newest for step in self.protected)
+        kept = self.keep + max(0, ends - 1)  # the last one is the end, one of the newest
+        needed = bytes_per_checkpoint * (kept + 1 - min(len(complete), kept))
         if free < needed:
+            cycles = f" ({self.keep} and {ends - 1} ends of decays or cycles)" if kept > self.keep else ""
             raise CheckpointError(
-                f"{self.directory} has {free / 1e9:.3g} GB free; keeping {self.keep} checkpoints of "
+                f"{self.directory} has {free / 1e9:.3g} GB free; keeping {kept} checkpoints{cycles} of "
                 f"{bytes_per_checkpoint / 1e9:.3g} GB, and one more while saving, needs {needed / 1e9:.3g} "
-                "GB. Free space, choose another directory, or lower checkpoint.keep."
+                f"GB. Free space, choose another directory, or {'plan fewer cycles' if cycles else 'lower checkpoint.keep'}."
             )
 
     def save(self, snapshot: Snapshot) -> Path:
@@ -199,10 +212,10 @@ class CheckpointStore:
             self.say(f"WARNING: {path} is damaged or belongs to a run that was left; it is now {aside.name}.")
 
     def _prune(self) -> None:
-        """Delete steps beyond `keep`, and what crashes left behind."""
+        """Delete steps beyond `keep` that are not protected, and what crashes left behind."""
         folders = self._folders()
         complete = sorted(step for step, path in folders.items() if _complete(path))
-        for step in complete[: -self.keep]:
+        for step in (step for step in complete[: -self.keep] if step not in self.protected):
             (folders[step] / MANIFEST).unlink()
             atomic.stage_hook("old manifest deleted")
             shutil.rmtree(folders[step], ignore_errors=True)

@@ -56,19 +56,26 @@ class World:
         """The batch on this rank's device; a GPU copies it from pinned memory while the host goes on."""
         if self.device.type != "cuda":
             return batch.to(self.device)
-
-        def pinned(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.pin_memory()
-
-        tokens_bt, targets_bt = batch.tokens_bt.pin_memory(), batch.targets_bt.pin_memory()
-        held = Batch(tokens_bt, targets_bt, pinned(batch.positions_bt), pinned(batch.documents_bt), batch.rows)
-        return held.to(self.device)
+        return batch.map(Tensor.pin_memory).to(self.device)
 
     def total(self, value: Tensor) -> Tensor:
         """Sum over all ranks, in place."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
+
+    def gather(self, values_n: Tensor) -> Tensor:
+        """The ranks' values, joined in the order of ranks, which is that of the global batch; their numbers may differ."""
+        if self.size == 1:
+            return values_n
+        counts = torch.zeros(self.size, dtype=torch.long, device=values_n.device)
+        counts[self.rank] = len(values_n)
+        dist.all_reduce(counts)
+        padded = values_n.new_zeros(int(counts.max()))
+        padded[: len(values_n)] = values_n
+        pieces = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(pieces, padded)
+        return torch.cat([piece[:count] for piece, count in zip(pieces, counts.tolist(), strict=True)])
 
     def any(self, flag: bool) -> bool:
         """True if the flag is set on any rank."""

@@ -1,14 +1,15 @@
 """Grow a run: take its newest checkpoint, enlarge the model, and leave a run directory that training continues.
 
     source/checkpoints/step-S  →  DIR/recipe.yaml    the source's recipe with the larger model
-                                      run.json       a record of its own, whose fingerprint fits that recipe
+                                      run.json       a record of its own, whose fingerprint fits that recipe, with the origin
                                       checkpoints/step-S   larger weights, moments extended by zeros, the same position
                                       growth.json    where it comes from, what was appended, loss before and after
 
 The step, the tokens seen and the order of the data go on from S. The recipe's budget is in steps, counted from the source's
 first: those that the source had planned, since FLOPs or tokens per parameter would buy another number of steps at the larger
 size. The schedule is a function of the step and of that budget, so `torchstone train DIR/recipe.yaml budget.steps=N --out DIR`
-goes on where the rate stands at step S of N; `schedule` may be changed as for every resume.
+goes on where the rate stands at step S of N. As for a branch (`train.branch`), rates before S are the source's affair: schedule
+and budget of the grown run may differ from them, and what it has done itself binds it.
 
 Pitfalls: DIR appears whole or not at all. Its curves begin at S. Its FLOPs axis goes on from what the source has spent, each
 token at the price of the model that saw it.
@@ -18,30 +19,27 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from torchstone.data.batch import Batch
-from torchstone.errors import BudgetError, CheckpointError, ConfigError, DataError
+from torchstone.errors import BudgetError, DataError
 from torchstone.models.growth import Fill, Tau, grow
 from torchstone.models.growth_report import GrowthReport
 from torchstone.models.widen import widen
-from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Budget, Recipe
-from torchstone.storage.atomic import atomic_directory, atomic_write
-from torchstone.train.budget import check_phases, counts_of, data_of, phases_of, steps_of
-from torchstone.train.checkpoint import CheckpointStore, Snapshot
+from torchstone.storage.atomic import atomic_write
+from torchstone.train.budget import check_phases, phases_of, steps_of
+from torchstone.train.descend import Parent, State, check_free, data_with_reference, open_parent, origin_of, write_child
 from torchstone.train.distributed import World
-from torchstone.train.loop import Position
-from torchstone.train.precision import Choice, Compute, default_device
-from torchstone.train.record import RECIPE, RunRecord, read_record, start_run
+from torchstone.train.names import GROWTH
+from torchstone.train.precision import default_device
 from torchstone.train.resume import training_environment
 from torchstone.train.state import optimizer_tensors, restore_model, restore_optimizer
 
-GROWTH = "growth.json"
 PROBE = 8  # held-out sequences that loss and logits are compared on
 
 
@@ -100,29 +98,31 @@ def grow_run(
             `until` leaves nothing to train.
     """
     source, directory = Path(source), Path(directory)
-    if not (source / RECIPE).is_file():
-        raise ConfigError(f"{source} holds no run (no {RECIPE}); give the directory that `torchstone train` wrote.")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise ConfigError(f"{directory} is in use; a grown run starts in a directory of its own, choose another --out.")
-    recipe, record = load_recipe(source / RECIPE), read_record(source)
-    data = data_of(recipe)
-    if data.fingerprint != record.data:
+    check_free(directory, "a grown run")
+    parent = open_parent(source, step)
+    data, reference, fingerprint = data_with_reference(parent.recipe, parent.record.reference)
+    if fingerprint != parent.record.data:
         raise DataError(
-            f"the data of {source} changed: its fingerprint was {record.data}, now it is {data.fingerprint}. Restore the "
-            "files before growing the run."
+            f"the data of {source} changed: its fingerprint was {parent.record.data}, now it is {fingerprint}. Restore "
+            "the files before growing the run."
         )
-    snapshot = CheckpointStore(source / "checkpoints").load(step)
-    planned = _until(recipe, until, snapshot.step)
-    model, optimizer = _restore(recipe, data, snapshot, source)
-    report = plan.apply(model, optimizer, next(iter(data.evaluation(PROBE, min(PROBE, recipe.evaluation.sequences)))))
+    planned = _until(parent.recipe, until, parent.step)
+    model, optimizer = _restore(parent, data)
+    probe = min(PROBE, parent.recipe.evaluation.sequences)
+    report = plan.apply(model, optimizer, next(iter(data.evaluation(PROBE, probe))))
     grown = planned.model_copy(update={"model": model.config})
-    if directory.exists():
-        directory.rmdir()
-    with atomic_directory(directory) as folder:
-        position = Position.restored(snapshot.data["position"], counts_of(recipe))
-        origin = {"run": record.id, "step": snapshot.step, "training_flops": position.flops}
-        _write(folder, grown, record, snapshot.step, position, (model, optimizer))
-        atomic_write(folder / GROWTH, json.dumps({"origin": origin, "report": report.data()}, indent=1) + "\n")
+    origin = origin_of(parent, directory, "growth", None, [f"{report.unit} appended"], ())
+    tensors, plain = optimizer_tensors(optimizer)
+    position = replace(parent.position, evaluated=-1)  # the larger model has not been evaluated
+    environment = training_environment(World(0, 1, default_device()))
+    state = State({"model": dict(model.state_dict()), "optimizer": tensors}, plain, position)
+
+    def describe(folder: Path) -> None:
+        lineage = {"run": parent.record.id, "step": parent.step, "training_flops": parent.position.flops}
+        content = json.dumps({"origin": lineage, "report": report.data()}, indent=1)
+        atomic_write(folder / GROWTH, content + "\n")
+
+    write_child(directory, grown, fingerprint, parent, origin, state, environment, reference, describe)
     return report
 
 
@@ -139,39 +139,11 @@ def _until(recipe: Recipe, until: int | None, done: int) -> Recipe:
     return planned
 
 
-def _restore(recipe: Recipe, data: Any, snapshot: Snapshot, source: Path) -> tuple[Any, torch.optim.Optimizer]:
-    """The source's model and optimizer at the snapshot, on the CPU."""
-    if "model" not in snapshot.tensors or not {"optimizer", "position"} <= snapshot.data.keys():
-        raise CheckpointError(
-            f"step {snapshot.step} of {source} is intact but no training checkpoint (it lacks the model, the optimizer or "
-            "the position); grow a run that `torchstone train` wrote."
-        )
+def _restore(parent: Parent, data: Any) -> tuple[Any, torch.optim.Optimizer]:
+    """The parent's model and optimizer at its checkpoint, on the CPU."""
+    recipe, snapshot = parent.recipe, parent.snapshot
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed)
     restore_model(model, snapshot.tensors["model"])
     optimizer: torch.optim.Optimizer = recipe.optimizer.build(model)
     restore_optimizer(optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"])
     return model, optimizer
-
-
-def _write(
-    folder: Path,
-    recipe: Recipe,
-    source: RunRecord,
-    step: int,
-    position: Position,
-    grown: tuple[Any, torch.optim.Optimizer],
-) -> None:
-    """Recipe, record and checkpoint of the grown run."""
-    model, optimizer = grown
-    world = World(0, 1, default_device())
-    record = start_run(folder, recipe, source.data, world, lambda: Choice(Compute(**source.compute), source.measured))
-    tensors, plain = optimizer_tensors(optimizer)
-    data = {
-        "position": {**asdict(position), "evaluated": -1},  # the larger model has not been evaluated
-        "optimizer": plain,
-        "fingerprint": record.fingerprint,
-        "data": record.data,
-        "environment": training_environment(world),
-    }
-    groups = {"model": dict(model.state_dict()), "optimizer": tensors}
-    CheckpointStore(folder / "checkpoints", recipe.checkpoint.keep).save(Snapshot(step, groups, data))

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchstone.data.batch import IGNORE, Batch
+from torchstone.data.batch import Batch
 from torchstone.errors import DataError, NonFiniteError
 from torchstone.models.counts import Counts
 from torchstone.recipe.schema import Recipe
@@ -32,6 +32,7 @@ from torchstone.train.crash import write_bundle
 from torchstone.train.distributed import World
 from torchstone.train.evaluate import evaluate
 from torchstone.train.events import Sink
+from torchstone.train.hooks import ObjectiveHooks
 from torchstone.train.module import TrainingModule
 from torchstone.train.precision import Compute
 from torchstone.train.progress import Reporter
@@ -64,7 +65,8 @@ class Position:
 
 @dataclass(frozen=True)
 class RunView:
-    """What a callback sees: the recipe, the live model (not to be changed), the data, the position, the metrics."""
+    """What a callback sees: the recipe, the live model and optimizer (not to be changed), the data, the position, the metrics,
+    and the run directory."""
 
     recipe: Recipe
     model: Any
@@ -72,6 +74,8 @@ class RunView:
     position: Position
     compute: Compute
     metrics: Mapping[str, float]
+    optimizer: torch.optim.Optimizer
+    directory: Path
 
 
 class Callback:
@@ -80,8 +84,8 @@ class Callback:
     def on_start(self, view: RunView) -> None:
         """Called on every rank before the first update of this process; an error ends the run with nothing changed."""
 
-    def on_step(self, view: RunView) -> None:
-        """Called on every rank after an update and its record."""
+    def on_step(self, view: RunView) -> Mapping[str, float] | None:
+        """Called on every rank after an update; may return extra numbers for its record."""
 
     def on_evaluation(self, view: RunView) -> Mapping[str, float]:
         """Called on every rank after an evaluation; returns extra numbers for the validation record."""
@@ -109,8 +113,10 @@ class Trainer:
         self.objective: nn.Module = recipe.objective.build()
         self.optimizer: torch.optim.Optimizer = recipe.optimizer.build(model)
         self.schedule = recipe.schedule.build(steps)
+        self.ends = frozenset(self.schedule.checkpoints())  # where a decayed state is there to be kept
         self.peak_rates = [group["lr"] for group in self.optimizer.param_groups]
         self.clip: float | None = getattr(recipe.optimizer, "clip", None)
+        self.hooks = ObjectiveHooks(self.objective, model, world)
         self.module = world.wrap(compute.wrap(TrainingModule(model, self.objective)))
         self.position = Position()
 
@@ -126,8 +132,8 @@ class Trainer:
         return [(row, min(row + size, stop)) for row in range(start, stop, size)]
 
     def step(self) -> dict[str, float]:
-        """One update; returns `loss`, `gradient_norm` (before clipping), `learning_rate`, and `auxiliary` where layers leave
-        losses of their own, which is not part of `loss`.
+        """One update; returns `loss`, `gradient_norm` (before clipping), `learning_rate`, `angle` (radians) of a rotational
+        optimizer, `auxiliary` where layers leave losses of their own, which is not part of `loss`, and what the objective adds.
 
         Raises:
             NonFiniteError: loss or gradient is not finite on any rank. DataError: the objective scores nothing in the
@@ -135,15 +141,19 @@ class Trainer:
         """
         seed, step, sequences = self.recipe.seed, self.position.step, self.recipe.batch.sequences
         batches = [self.data.batch(seed, step, sequences, *rows) for rows in self.micro_rows()]
-        targets = sum(self._targets(batch) for batch in batches)
+        targets = sum(self.hooks.targets(batch) for batch in batches)
         count = self.world.total(torch.tensor(float(targets), device=self.world.device))
         if not float(count):
             raise DataError(self._nothing_scored(step))
+        count = self.hooks.divisor(count)
         self.optimizer.zero_grad(set_to_none=True)
         sums = torch.zeros(2, device=self.world.device)
         with dropout_stream(seed, step, self.world.rank, self.world.device):
-            for batch in batches:
-                sums += self._backward(batch, count, last=batch is batches[-1])
+            placed = self.hooks.planned(
+                map(self.world.place, batches), lambda: self.compute.autocast(self.world.device)
+            )
+            for number, batch in enumerate(placed, start=1):
+                sums += self._backward(batch, count, last=number == len(batches))
         norm = self._gradient_norm()
         minimised, loss = (self.world.total(sums) / count).tolist()
         found = {"loss": loss, "gradient_norm": float(norm)}
@@ -160,10 +170,10 @@ class Trainer:
         tokens = sequences * self.data.length
         self.position.tokens += tokens
         self.position.flops += tokens * self.counts.training_flops_per_token
-        return {**found, "learning_rate": self.peak_rates[0] * factor}
+        return {**found, **self.hooks.metrics(), **self._angle(), "learning_rate": self.peak_rates[0] * factor}
 
     def _backward(self, batch: Batch, count: Tensor, *, last: bool) -> Tensor:
-        """Add one micro-batch's share of the gradient; ranks exchange gradients with the last one.
+        """Add the share of one micro-batch, on the device, to the gradient; ranks exchange gradients with the last one.
 
         Returns what is minimised and the loss, each summed over the micro-batch's targets.
         """
@@ -172,15 +182,15 @@ class Trainer:
             quiet = self.module.no_sync()  # type: ignore[operator]
         with quiet:
             with self.compute.autocast(self.world.device):
-                minimised, loss_sum = self.module(self.world.place(batch))
+                minimised, loss_sum = self.module(batch)
             # DDP averages over ranks; the factor turns its mean into a sum
             (minimised * (self.world.size / count)).backward()
         return torch.stack([minimised.detach(), loss_sum])
 
-    def _targets(self, batch: Batch) -> int:
-        """What the loss of a batch is divided by: its scored positions, unless the objective counts otherwise."""
-        own = getattr(self.objective, "count_targets", None)
-        return int((batch.targets_bt != IGNORE).sum()) if own is None else own(batch, self.model)
+    def _angle(self) -> dict[str, float]:
+        """`angle`, the largest by which a rotational optimizer turns a row in this step; nothing for the others."""
+        angles = [angle for angle in getattr(self.optimizer, "angles", list)() if angle is not None]
+        return {"angle": max(angles)} if angles else {}
 
     def _nothing_scored(self, step: int) -> str:
         kind = self.recipe.objective.kind
@@ -249,7 +259,7 @@ class Loop:
             if trainer.finished or self._asked():
                 break
             self._step()
-            if _due(trainer.recipe.checkpoint.every, trainer.position.step) and not trainer.finished:
+            if self._save_is_due():
                 self.save()
         self.save()
         return trainer.finished and trainer.position.evaluated == trainer.position.step
@@ -257,9 +267,16 @@ class Loop:
     def _asked(self) -> bool:
         return self.trainer.world.any(bool(self.stop))
 
+    def _save_is_due(self) -> bool:
+        """At intervals, and where a decay ends, but not at the end of the run, which is saved once it is evaluated."""
+        trainer, step = self.trainer, self.trainer.position.step
+        due = _due(trainer.recipe.checkpoint.every, step) or step in trainer.ends
+        return due and not trainer.finished
+
     def _evaluation_is_due(self) -> bool:
         trainer, position = self.trainer, self.trainer.position
-        due = trainer.finished or _due(trainer.recipe.evaluation.every, position.step)
+        ended = trainer.finished or position.step in trainer.ends
+        due = ended or _due(trainer.recipe.evaluation.every, position.step)
         return due and position.evaluated < position.step and position.step > 0
 
     def _step(self) -> None:
@@ -275,10 +292,11 @@ class Loop:
         tokens = trainer.recipe.batch.sequences * trainer.data.length
         state = {"step": position.step, "steps": trainer.steps, "loss": self._last["loss"],
                  "tokens_per_second": tokens / seconds, "tokens_per_step": tokens}  # fmt: skip
-        self._record("train", {**self._last, "tokens_per_second": state["tokens_per_second"]})
-        self.report(state)
+        found = dict(self._last)
         for callback in self.callbacks:
-            callback.on_step(self._view(self._last))
+            found |= callback.on_step(self._view(self._last)) or {}
+        self._record("train", {**found, "tokens_per_second": state["tokens_per_second"]})
+        self.report(state)
 
     def _evaluate(self) -> bool:
         found = self.trainer.evaluate(self._asked)
@@ -296,7 +314,10 @@ class Loop:
 
     def _view(self, metrics: Mapping[str, float]) -> RunView:
         trainer = self.trainer
-        return RunView(trainer.recipe, trainer.model, trainer.data, trainer.position, trainer.compute, metrics)
+        return RunView(
+            trainer.recipe, trainer.model, trainer.data, trainer.position, trainer.compute, metrics,
+            trainer.optimizer, self.directory,
+        )  # fmt: skip
 
     def _crash(self, what: str) -> NonFiniteError:
         """The error to raise, after the leading rank has written a bundle."""

@@ -25,6 +25,7 @@ from torchstone.errors import ConfigError
 from torchstone.recipe.schema import Recipe
 from torchstone.train.budget import data_of, steps_of
 from torchstone.train.module import TrainingModule
+from torchstone.train.reference import open_reference
 
 WARM_STEPS, TIMED_STEPS = 2, 3
 COMPILE_WORTH_MEASURING = 300.0  # seconds of training below which compiling cannot pay
@@ -121,7 +122,10 @@ def _seconds(recipe: Recipe, compute: Compute, device: torch.device) -> tuple[fl
     """Seconds of one forward and backward pass of a micro-batch, and what the first ones cost more (compiling)."""
     data = data_of(recipe)
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed).to(device)
-    step = compute.wrap(TrainingModule(model, recipe.objective.build()))
+    objective: Any = recipe.objective.build()
+    if (reference := open_reference(recipe, data)) is not None:
+        objective.attach_reference(reference.model.to(device))
+    step = compute.wrap(TrainingModule(model, objective))
     batch = data.batch(recipe.seed, 0, recipe.batch.sequences, 0, _rows(recipe)).to(device)
 
     def once() -> None:

@@ -31,10 +31,12 @@ from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World, world
 from torchstone.train.events import AXES, METRICS, RunIdentity, Sink, make_sinks, read_history
 from torchstone.train.loop import Callback, Loop, Position, Trainer
+from torchstone.train.names import RECIPE, RECORD, require_outside, require_run
 from torchstone.train.precision import Choice, Compute, measure_compute
 from torchstone.train.preflight import check_run, check_tokens
 from torchstone.train.progress import Reporter, TrainingProgress
-from torchstone.train.record import RECIPE, RECORD, RunRecord, continue_run, read_record, start_run
+from torchstone.train.record import RunRecord, continue_run, read_record, start_run
+from torchstone.train.reference import Reference, open_reference
 from torchstone.train.resume import training_environment
 from torchstone.train.signals import Stop, stop_on_signals
 from torchstone.train.state import optimizer_tensors, restore_model, restore_optimizer
@@ -120,11 +122,13 @@ class _Run:
     """One call of `train`."""
 
     record: RunRecord
+    reference: Reference | None
 
     def __init__(self, recipe: Recipe, directory: Path, peers: World, stop: Stop) -> None:
         self.recipe, self.directory, self.world, self.stop = recipe, directory, peers, stop
-        self.store = CheckpointStore(directory / "checkpoints", recipe.checkpoint.keep, say=self._say)
         self.steps, self.counts = steps_of(recipe), counts_of(recipe)
+        ends = recipe.schedule.build(self.steps).checkpoints()
+        self.store = CheckpointStore(directory / "checkpoints", recipe.checkpoint.keep, self._say, protected=ends)
 
     def open(self, resume: bool, allow: Sequence[str], compute: Compute | None) -> None:
         """Check, build the data, and start the run's record or find that this call may continue it."""
@@ -132,20 +136,27 @@ class _Run:
         self._check_budget()
         self.data = self._build_data()
         check_tokens(self.recipe, self.data)
-        next(iter(self.data.evaluation(1, self.recipe.evaluation.sequences)))  # too little held-out data fails now
+        if hasattr(self.recipe.objective, "check_batch"):  # what the objective reads is there, or is asked for now
+            self.recipe.objective.check_batch(self.data.batch(self.recipe.seed, 0, self.recipe.batch.sequences, 0, 1))
         there = (self.directory / RECORD).exists()
         stepped = bool(self.store.steps()) or (self.directory / METRICS).exists()
+        bound = read_record(self.directory).reference if there and stepped else None
+        self.reference = open_reference(self.recipe, self.data, bound)
+        fingerprint = self.reference.with_data(self.data.fingerprint) if self.reference else self.data.fingerprint
+        next(iter(self.data.evaluation(1, self.recipe.evaluation.sequences)))  # too little held-out data fails now
         self.world.barrier()  # every rank has looked before the leading one writes
         if there and not resume:
             raise ConfigError(f"{self.directory} holds a run already; resume it, or choose another directory.")
         if not there or not stepped:
+            require_outside(self.directory)
             self.record = start_run(
-                self.directory, self.recipe, self.data.fingerprint, self.world,
-                lambda: Choice(compute) if compute else measure_compute(self.recipe, self.world.device),
+                self.directory, self.recipe, fingerprint, self.world,
+                lambda: Choice(compute) if compute else measure_compute(self.recipe, self.world.device), self.reference,
             )  # fmt: skip
             return
         check_phases(load_recipe(self.directory / RECIPE), self.recipe, max(self.store.steps(), default=0))
-        self.record, changes = continue_run(self.directory, self.recipe, self.data.fingerprint, self.world, allow)
+        self.record, changes = continue_run(self.directory, self.recipe, fingerprint, self.world, allow, self.reference)
+        self.store.protected |= frozenset(self.record.ends)
         for line in changes.lines():
             self._say(f"note: {line}")
 
@@ -174,6 +185,8 @@ class _Run:
         model = self.recipe.model.build(vocab_size, length, seed).to(self.world.device)
         compute = Compute(**self.record.compute)
         trainer = Trainer(self.recipe, model, self.data, compute, self.world, self.steps, self.counts)
+        if self.reference is not None:
+            trainer.hooks.objective.attach_reference(self.reference.model.to(self.world.device))
         if not self.store.steps():
             return trainer
         snapshot = self.store.load(fallback=fallback)
@@ -187,7 +200,7 @@ class _Run:
         restore_optimizer(trainer.optimizer, snapshot.tensors.get("optimizer", {}), snapshot.data["optimizer"])
         for group, settings in zip(trainer.optimizer.param_groups, asked, strict=True):
             # the recipe's settings, which `allow` may have let change, not the checkpoint's
-            group.update({name: settings[name] for name in trainer.optimizer.defaults})
+            group.update({name: value for name, value in settings.items() if name in trainer.optimizer.defaults})
         trainer.position = Position.restored(snapshot.data["position"], self.counts)
         return trainer
 
@@ -301,8 +314,7 @@ def load_run(directory: str | Path, step: int | None = None) -> tuple[Recipe, An
         ConfigError: the directory holds no run. CheckpointError: its checkpoint is missing or damaged.
     """
     directory = Path(directory)
-    if not (directory / RECIPE).is_file():
-        raise ConfigError(f"{directory} holds no run (no {RECIPE}); give the directory that `torchstone train` wrote.")
+    require_run(directory)
     recipe = load_recipe(directory / RECIPE)
     data = data_of(recipe)
     model = recipe.model.build(data.vocab_size, data.length, recipe.seed)

@@ -73,10 +73,13 @@ def _indices(groups: list[Any]) -> list[Any]:
 
 
 def _fits(value: Any, parameter: Tensor) -> bool:
-    """Scalars fit any parameter (a step count); other tensors are moments of the parameter's form."""
+    """Scalars fit any parameter (a step count); other tensors are moments of the parameter's form, or numbers along some of its
+    dimensions (norms of rows), of its type or fp32."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return True
-    return value.shape == parameter.shape and value.dtype == parameter.dtype
+    sizes = zip(value.shape, parameter.shape, strict=False)
+    form = value.dim() == parameter.dim() and all(found in (size, 1) for found, size in sizes)
+    return form and value.dtype in (parameter.dtype, torch.float32)
 
 
 def _like(group: dict[str, Any], template: Mapping[str, Any]) -> dict[str, Any]:

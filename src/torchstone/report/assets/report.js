@@ -16,10 +16,19 @@
     if (value === null || value === undefined || Number.isNaN(value)) return "–";
     const size = Math.abs(value);
     for (const [factor, prefix] of PREFIXES) {
-      if (size >= factor * 10 || (size >= factor && factor > 1e3)) return trim((value / factor).toPrecision(Math.min(digits, 4))) + " " + prefix;
+      if (size >= factor * 10 || (size >= factor && factor > 1e3)) return trim((value / factor).toPrecision(digits)) + " " + prefix;
     }
     const text = size !== 0 && size < 1e-4 ? value.toExponential(digits - 1) : trim(value.toPrecision(Math.max(digits, size >= 1000 ? 4 : 0)));
     return text.replace("-", "−");
+  };
+
+  // How many digits tell the labels of grid lines apart: down to the step between them.
+  const digitsOf = (values) => {
+    const known = values.filter((value) => value !== null);
+    const steps = known.slice(1).map((value, i) => Math.abs(value - known[i])).filter((step) => step > 0);
+    if (steps.length === 0) return 3;
+    const size = (value) => Math.floor(Math.log10(value) + 1e-9);
+    return Math.min(9, Math.max(3, size(Math.max(...known.map(Math.abs))) - size(Math.min(...steps)) + 1));
   };
 
   // The nearest index at which a series has a value, so that arms with other x values still give a reading.
@@ -134,7 +143,7 @@
       const line = { stroke: () => variable("--muted"), font: "12px " + variable("--sans"), labelFont: "12px " + variable("--sans"), labelSize: 22 };
       const lines = { grid: { stroke: () => variable("--rule"), width: 1 }, ticks: { stroke: () => variable("--rule"), width: 1, size: 5 } };
       const labelled = (plot, splits) => this.labelled(plot, splits);
-      const text = (plot, values) => values.map((value) => (value === null ? null : format(value, 3)));
+      const text = (log) => (plot, values) => values.map((value) => (value === null ? null : format(value, log ? 3 : digitsOf(values))));
       return {
         ...this.size(),
         series,
@@ -147,8 +156,8 @@
           y: { distr: this.on.log ? 3 : 1, range: (plot, low, high) => this.height(plot, low, high) },
         },
         axes: [
-          { ...line, ...lines, label, values: text, space: 70, size: 30, ...this.across(labelled) },
-          { ...line, ...lines, label: this.spec.y, values: text, ...(this.on.log && { filter: labelled }), size: (plot, values) => 18 + 7 * Math.max(2, ...(values || []).map((value) => (value || "").length)) },
+          { ...line, ...lines, label, values: text(this.spec.logX), space: 70, size: 30, ...this.across(labelled) },
+          { ...line, ...lines, label: this.spec.y, values: text(this.on.log), ...(this.on.log && { filter: labelled }), size: (plot, values) => 18 + 7 * Math.max(2, ...(values || []).map((value) => (value || "").length)) },
         ],
         hooks: { setCursor: [(plot) => this.readings(plot)] },
       };
