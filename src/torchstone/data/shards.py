@@ -5,6 +5,7 @@ A folder holds, for each of `train` and `validation`:
     train.tokens            uint16 or uint32: all documents, each closed by the end-of-document id
     train.ends              int64: where each document ends (its closing id included)
     train.documents.jsonl   id and location of each document
+    train.noise             one byte a token, 1 where it is injected noise; only where the corpus injects some
 
 `manifest.json` holds sizes and hashes, its own included, and `quarantine.jsonl` the rows that were left out,
 if any. The folder appears whole or not at all; two processes that build at once both succeed, and one's work
@@ -25,6 +26,7 @@ from numpy.typing import NDArray
 
 from torchstone.data.building import Advance, progress, report_skipped
 from torchstone.data.corpus import Corpus, Document, Rejected
+from torchstone.data.noisy import NoisyCorpus, token_noise, token_spans
 from torchstone.data.split import split
 from torchstone.data.tokenizer import Tokenizer
 from torchstone.errors import DataError
@@ -47,6 +49,7 @@ class Shard:
         ends: where each document ends in `tokens`.
         text_bytes: UTF-8 bytes of the documents' text.
         vocab_size: ids are below it.
+        noise: one number a token, 1 where it is injected noise; None where the corpus injects none.
     """
 
     folder: Path
@@ -55,6 +58,7 @@ class Shard:
     ends: NDArray[np.int64]
     text_bytes: int
     vocab_size: int
+    noise: NDArray[np.uint8] | None = None
 
     def read(self, start: int, stop: int) -> NDArray[np.int64]:
         """Tokens start … stop-1; raises DataError if one is no id of the vocabulary."""
@@ -169,7 +173,8 @@ def _open_shard(folder: Path, name: str, manifest: dict[str, Any]) -> Shard:
     about = manifest["splits"][name]
     tokens = _map(folder / f"{name}.tokens", manifest["dtype"])
     ends = _map(folder / f"{name}.ends", "<i8")
-    return Shard(folder, name, tokens, ends, about["text_bytes"], manifest["vocab_size"])
+    noise = _map(folder / f"{name}.noise", "u1") if f"{name}.noise" in manifest["files"] else None
+    return Shard(folder, name, tokens, ends, about["text_bytes"], manifest["vocab_size"], noise)
 
 
 def _map(path: Path, dtype: str) -> NDArray[Any]:
@@ -181,18 +186,21 @@ def _map(path: Path, dtype: str) -> NDArray[Any]:
 class _Writer:
     """Appends tokenised documents to the files of one split; `stack` closes them."""
 
-    def __init__(self, stack: ExitStack, folder: Path, name: str, dtype: str) -> None:
+    def __init__(self, stack: ExitStack, folder: Path, name: str, dtype: str, flagged: bool) -> None:
         def opened(part: str) -> BinaryIO:
             return stack.enter_context(open(folder / f"{name}.{part}", "wb"))
 
         self.tokens, self.ends, self.labels = map(opened, ("tokens", "ends", "documents.jsonl"))
+        self.noise = opened("noise") if flagged else None
         self.dtype = dtype
         self.count = 0
         self.documents = 0
         self.text_bytes = 0
 
-    def add(self, document: Document, ids: list[int], end: int) -> None:
-        """Append one document and the id that ends it."""
+    def add(self, document: Document, ids: list[int], end: int, noise: NDArray[np.bool_] | None = None) -> None:
+        """Append one document and the id that ends it, which is never noise."""
+        if self.noise is not None and noise is not None:
+            self.noise.write(np.append(noise, False).astype("u1").tobytes())
         self.tokens.write(np.asarray([*ids, end], dtype=self.dtype).tobytes())
         self.count += len(ids) + 1
         self.documents += 1
@@ -219,9 +227,12 @@ class _Reading:
 def _build(folder: Path, corpus: Corpus, tokenizer: Tokenizer, fraction: float, source: dict[str, Any]) -> None:
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     reading = _Reading(corpus)
+    noisy = corpus if isinstance(corpus, NoisyCorpus) else None
     with ExitStack() as stack, progress("tokenising the corpus") as advance:
-        writers = {name: _Writer(stack, folder, name, dtype) for name in SPLITS}
-        _tokenise(split(reading.documents(), fraction), tokenizer, writers, advance)
+        writers = {
+            name: _Writer(stack, folder, name, dtype, flagged=noisy is not None and name == "train") for name in SPLITS
+        }
+        _tokenise(split(reading.documents(), fraction), tokenizer, writers, advance, noisy)
     if reading.rejected:
         lines = [json.dumps(vars(item)) + "\n" for item in reading.rejected]
         (folder / _QUARANTINE).write_text("".join(lines), encoding="utf-8")
@@ -247,18 +258,37 @@ def _tokenise(
     tokenizer: Tokenizer,
     writers: dict[str, _Writer],
     advance: Advance,
+    noisy: NoisyCorpus | None,
 ) -> None:
     for group in _groups(documents):
-        encoded = tokenizer.encode_batch([document.text for document, _ in group])
-        for (document, held), ids in zip(group, encoded, strict=True):
+        for document, held, ids, noise in _encoded(group, tokenizer, noisy):
             if ids and not 0 <= min(ids) <= max(ids) < tokenizer.vocab_size:
                 raise DataError(
                     f"{document.location}: the tokenizer gives ids from {min(ids)} to {max(ids)}, outside "
                     f"its vocabulary of {tokenizer.vocab_size}; use the tokenizer.json that belongs together."
                 )
-            writers[SPLITS[held]].add(document, ids, tokenizer.end_of_document)
+            writers[SPLITS[held]].add(document, ids, tokenizer.end_of_document, noise)
         done = writers.values()
         advance(sum(writer.documents for writer in done), sum(writer.count for writer in done))
+
+
+Encoded = tuple[Document, bool, list[int], NDArray[np.bool_] | None]
+
+
+def _encoded(group: list[tuple[Document, bool]], tokenizer: Tokenizer, noisy: NoisyCorpus | None) -> Iterator[Encoded]:
+    """Each document with its side, ids and flags; training documents with their noise."""
+    if noisy is None:
+        encoded = tokenizer.encode_batch([document.text for document, _ in group])
+        yield from ((document, held, ids, None) for (document, held), ids in zip(group, encoded, strict=True))
+        return
+    for document, held in group:
+        if held:
+            yield document, held, tokenizer.encode(document.text), None
+            continue
+        corrupted = noisy.corrupt(document)
+        ids, spans = token_spans(tokenizer, corrupted.text)
+        changed = Document(document.id, document.location, corrupted.text)
+        yield changed, held, ids, token_noise(spans, corrupted.noise)
 
 
 def _groups(documents: Iterable[tuple[Document, bool]]) -> Iterator[list[tuple[Document, bool]]]:

@@ -6,6 +6,8 @@
 Windows are drawn in a new shuffle each epoch. With `mask_documents` attention stays inside a document,
 positions restart at each document, and the first token of a document (which nothing predicts) is not scored.
 
+A corpus that injects noise (`corpus: noisy`) gives `noise_bt` with every training batch; held-out text is clean.
+
 Shapes: b sequences · t tokens.
 
 Pitfall: without `mask_documents` a window may see the end of an unrelated document before its own; that is
@@ -14,7 +16,7 @@ the usual way of pretraining, cheap and mostly harmless.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -114,7 +116,16 @@ class TextSource:
         """Rows start … stop-1 of the global batch of `size` windows at `step`."""
         rows = row_range(size, start, stop)
         numbers = step * size + np.arange(rows.start, rows.stop)
-        return self._batch(self.shards.train, item_at(numbers, self.windows, seed), numbers)
+        return self._batch(self.shards.train, self.items(seed, step, size, start, stop), numbers)
+
+    def items(self, seed: int, step: int, size: int, start: int = 0, stop: int | None = None) -> NDArray[np.int64]:
+        """Which training window is in each of these rows of a batch; equal numbers are equal windows, whatever the seed."""
+        rows = row_range(size, start, stop)
+        return item_at(step * size + np.arange(rows.start, rows.stop), self.windows, seed)
+
+    def window(self, items: NDArray[np.int64]) -> Batch:
+        """Training windows by number, 0 … windows-1, in the order of the text."""
+        return self._batch(self.shards.train, items, items)
 
     def evaluation(self, size: int, sequences: int) -> Iterator[Batch]:
         """`sequences` held-out windows, evenly spread over the held-out text, in batches of `size`.
@@ -135,7 +146,7 @@ class TextSource:
 
     def documents(self, seed: int, step: int, size: int) -> list[list[DocumentSpan]]:
         """Which documents, from which file and line, are in each row of a training batch."""
-        items = item_at(step * size + np.arange(size), self.windows, seed)
+        items = self.items(seed, step, size)
         return [self._spans(int(item) * self.length) for item in items]
 
     @cached_property
@@ -157,18 +168,27 @@ class TextSource:
         window_bt = np.stack([shard.read(begin, begin + self.length + 1) for begin in begins])
         tokens_bt, targets_bt = window_bt[:, :-1], window_bt[:, 1:]
         rows = tuple(int(number) for number in numbers)
+        noise_bt = _noise(shard, begins, self.length)
         if not self.mask_documents:
-            return Batch(_tensor(tokens_bt), _tensor(targets_bt), rows=rows)
+            return Batch(_tensor(tokens_bt), _tensor(targets_bt), rows=rows, noise_bt=noise_bt)
         ends_bt = tokens_bt == self.tokenizer.end_of_document
         targets_bt = np.where(ends_bt, IGNORE, targets_bt)
         documents_bt, positions_bt = _inside_documents(ends_bt)
         positions, documents = _tensor(positions_bt), _tensor(documents_bt)
-        return Batch(_tensor(tokens_bt), _tensor(targets_bt), positions, documents, rows)
+        return Batch(_tensor(tokens_bt), _tensor(targets_bt), positions, documents, rows, noise_bt=noise_bt)
 
 
 def _windows(shard: Shard, length: int) -> int:
     """Windows of `length` inputs whose last target still exists."""
     return max(0, len(shard.tokens) - 1) // length
+
+
+def _noise(shard: Shard, begins: Sequence[int], length: int) -> torch.Tensor | None:
+    """Which targets of windows are noise; None where the corpus has no flags."""
+    if shard.noise is None:
+        return None
+    rows = [shard.noise[begin + 1 : begin + length + 1] for begin in begins]
+    return torch.from_numpy(np.stack(rows).astype(np.bool_))
 
 
 def _inside_documents(ends_bt: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -112,6 +112,10 @@ class ByteTokenizer:
         """Bytes of each text."""
         return [self.encode(text) for text in texts]
 
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each the characters start … stop-1 of the text that it comes from."""
+        return self.encode(text), [(at, at + 1) for at, character in enumerate(text) for _ in character.encode()]
+
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of the bytes."""
         return bytes(token for token in tokens if 0 <= token < 256).decode(errors="replace")
@@ -169,6 +173,11 @@ class FileTokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text; uses all cores."""
         return [item.ids for item in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids, and for each the characters start … stop-1 of the text that it comes from."""
+        found = self._inner.encode(text, add_special_tokens=False)
+        return found.ids, found.offsets
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; ids without text give nothing."""
