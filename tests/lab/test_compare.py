@@ -55,7 +55,8 @@ def test_tuning_gives_every_arm_its_own_rate_on_separate_seeds(tmp_path):
     assert {arm.learning_rate_policy for arm in finished.result.arms} == {"tuned"}
     assert {arm.learning_rate for arm in finished.result.arms} <= {1e-3, 1e-2}
     _, table = finished.result.tables
-    assert [row[0] for row in table.rows] == ["baseline", "v1"]
+    assert [row[:2] for row in table.rows] == [("baseline", 1e-3), ("baseline", 1e-2), ("v1", 1e-3), ("v1", 1e-2)]
+    assert [row[0] for row in table.rows if row[3] == "selected"] == ["baseline", "v1"]
     assert any("edge of the grid" in note for note in finished.result.notes)
     cells = list((tmp_path / "tuning" / "cells").glob("*/seed-*"))
     assert len(cells) == 4
@@ -132,9 +133,9 @@ def test_tuning_by_accuracy_takes_the_highest(tmp_path):
 
     outcomes = {(tuning_name("a", rate), 0): Outcome("f", Measurement({"accuracy": value, "validation_loss": value}))
                 for rate, value in ((0.1, 0.2), (0.2, 0.9), (0.4, 0.9))}  # fmt: skip
-    grid = (0.1, 0.2, 0.4)
-    assert select(["a"], grid, outcomes, METRICS["accuracy"]).rates == {"a": 0.2}
-    assert select(["a"], grid, outcomes, METRICS["validation_loss"]).rates == {"a": 0.1}
+    grids = {"a": (0.1, 0.2, 0.4)}
+    assert select(grids, outcomes, METRICS["accuracy"]).rates == {"a": 0.2}
+    assert select(grids, outcomes, METRICS["validation_loss"]).rates == {"a": 0.1}
 
 
 def test_cells_on_changed_data_are_refused_and_not_kept(tmp_path):

@@ -22,7 +22,8 @@ Free = Annotated[
 Tolerance = Annotated[float | None, typer.Option(help="Largest relative residual of a match; default 0.005.")]
 Tune = Annotated[bool, typer.Option("--tune", help="Select each arm's peak learning rate on separate seeds.")]
 Grid = Annotated[
-    str | None, typer.Option(help="Rates for --tune, comma-separated; default 1/4 to 4 times the recipe's.")
+    str | None,
+    typer.Option(help="Rates for --tune, comma-separated; default: five for each arm, from short runs."),
 ]
 Metric = Annotated[str, typer.Option(help="What decides: validation_loss or accuracy.")]
 Margin = Annotated[float, typer.Option(help="Smallest advantage worth claiming, in the metric's unit.")]

@@ -2,7 +2,7 @@
 
 Built-in studies are named in `torchstone.methods`; third parties add theirs with the entry-point group
 `torchstone.studies` (`slug = "package.module:StudyClass"`). A reference never holds an import path: only a slug that
-this index knows, or the specification of a comparison.
+this index knows, or the specification of a comparison or of a search for learning rates.
 """
 
 from __future__ import annotations
@@ -49,4 +49,8 @@ def from_reference(reference: Mapping[str, Any]) -> Study:
         from torchstone.lab.comparison import Comparison
 
         return Comparison.from_spec(reference["comparison"])
+    if "rates" in reference:
+        from torchstone.lab.rates.search import RateTrials
+
+        return RateTrials.from_spec(reference["rates"])
     return study(reference["slug"])

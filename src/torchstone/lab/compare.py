@@ -17,9 +17,10 @@ from typing import Any
 from torchstone.errors import ConfigError
 from torchstone.lab.comparison import BASELINE, METRICS, SCALE, Comparison
 from torchstone.lab.progress import Progress, choose_progress
+from torchstone.lab.rates.search import Plan
 from torchstone.lab.runner import Finished, RunOptions, StudyRun, run_study
 from torchstone.lab.training import Matching, Variant, require_grid
-from torchstone.lab.tuning import FACTORS, tune
+from torchstone.lab.tuning import bracketed, tune
 from torchstone.recipe.arms import parse_arm
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
@@ -75,7 +76,8 @@ def compare(
         match: what every arm must equal: `params`, `flops`, `none`, or a Matching with the free dimension and tolerance.
         out: directory; None makes `runs/compare-<fingerprint>`. The same directory continues.
         tune_seeds: seeds for selecting each arm's learning rate; 0 shares the recipe's rate.
-        grid: peak learning rates to select from; None takes 1/4, 1/2, 1, 2 and 4 times the recipe's.
+        grid: peak learning rates to select from, the same for all arms; None finds a bracket for each arm with short runs and
+            takes five rates around it.
         metric: what decides (`validation_loss`, or `accuracy` on a task with exact answers).
         margin: the smallest advantage worth claiming, ≥ 0, in the metric's unit.
         options: executor and jobs.
@@ -110,11 +112,16 @@ def _tuned(
     rate = getattr(study.recipe.optimizer, "learning_rate", None)
     if rate is None:
         raise ConfigError(f"optimizer {study.recipe.optimizer.kind!r} has no learning_rate to tune.")
-    rates = require_grid(grid or [rate * factor for factor in FACTORS])
+    given = None if grid is None else require_grid(grid)
     if options.out is None:
         options = replace(options, out=StudyRun(study, options, progress).out.with_suffix(".tuned"))
     metric = study.metrics[0]
-    tuned = tune(study, study.scales[SCALE], rates, tune_seeds, metric, options, progress)
+    scale = study.scales[SCALE]
+    if given is None:
+        grids = bracketed(study, scale, options, progress, Plan(seeds=tune_seeds))
+    else:
+        grids = dict.fromkeys([arm.name for arm in study.arms(scale)], given)
+    tuned = replace(tune(study, scale, grids, tune_seeds, metric, options, progress), grid=given or ())
     return Comparison(
         study.recipe, study.arms_given, study.matching, metric.name, study.margin, study.seeds, tuned
     ), options

@@ -128,7 +128,7 @@ class Comparison(TrainingStudy):
             given = self.matching
             words += ["--match", given.on, "--free", given.free, "--tolerance", f"{given.tolerance:g}"]
         if self.tuned is not None:
-            rates = ",".join(f"{rate:g}" for rate in self.tuned.grid)
-            words += ["--tune", "--tune-seeds", str(self.tuned.seeds), "--grid", rates]
+            words += ["--tune", "--tune-seeds", str(self.tuned.seeds)]
+            words += ["--grid", ",".join(f"{rate:g}" for rate in self.tuned.grid)] if self.tuned.grid else []
         words += ["--metric", self.metrics[0].name, "--margin", f"{self.margin:g}"]
         return shlex.join(words)

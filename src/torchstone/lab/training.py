@@ -26,6 +26,7 @@ from torchstone.report.result import ArmRecord, Change, Figure, Line, Match, Ser
 if TYPE_CHECKING:
     from torchstone.data.batch import Batch
     from torchstone.models.decoder import Decoder
+    from torchstone.train.loop import Callback
     from torchstone.train.run import RunSummary
 
 SMALL_PARAMETERS = 30_000_000
@@ -101,7 +102,8 @@ class Probe:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning selected (see `torchstone.lab.tuning`): a rate for each arm, notes, all numbers, grid and seeds."""
+    """What tuning selected (see `torchstone.lab.tuning`): a rate for each arm, notes, all numbers, the grid if it was given, and
+    seeds."""
 
     rates: Mapping[str, float]
     notes: tuple[str, ...]
@@ -127,6 +129,10 @@ class TrainingStudy(Study):
     def probe(self, trained: Trained) -> Probe:
         """Numbers from the trained model. Nothing by default."""
         return Probe()
+
+    def callbacks(self, cell: Cell) -> Sequence[Callback]:
+        """What looks at the cell's run while it trains. Nothing by default."""
+        return ()
 
     def arms(self, scale: Scale) -> Sequence[Arm]:
         """Every variant resolved to a complete, matched recipe; a variant comes after the one that it changes."""
@@ -220,6 +226,7 @@ class TrainingStudy(Study):
             recipe,
             cell.directory / "run",
             compute=Compute(**cell.prepared["compute"]),
+            callbacks=self.callbacks(cell),
             progress=cell.report,
             device=None,
         )
