@@ -183,6 +183,18 @@ class Subject(ABC):
         """Special tokens that the model's tokenizer puts before every text (BOS); none, unless an adapter says otherwise."""
         return []
 
+    def spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of a text, and for each the characters start … end-1 that it stands for.
+
+        Args:
+            text: any text.
+            special: with the special tokens that the tokenizer puts around a text; they span (0, 0).
+
+        Raises:
+            ConfigError: there is no tokenizer. DataError: the tokenizer cannot tell where its tokens lie.
+        """
+        raise ConfigError(f"{self.name} has no tokenizer that tells which characters its tokens stand for.")
+
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of token ids; ids as numbers where there is no tokenizer."""

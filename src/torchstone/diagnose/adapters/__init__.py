@@ -21,7 +21,7 @@ from torchstone.diagnose.adapters.text_codec import TextCodec
 from torchstone.diagnose.subject import Subject
 from torchstone.errors import ConfigError
 from torchstone.models.decoder import Decoder
-from torchstone.train.record import RECIPE
+from torchstone.train.names import RECIPE
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 NAMED = frozenset({"q", "k", "v", "o", "qkv"})  # projections whose modules may be named

@@ -78,6 +78,10 @@ class HuggingFaceSubject(Subject):
         """See `Subject`."""
         return self._codec.encode(text)
 
+    def spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Subject`."""
+        return self._codec.spans(text, special)
+
     def first_tokens(self) -> list[int]:
         """See `Subject`."""
         return self._codec.first_tokens()

@@ -127,6 +127,10 @@ class TorchstoneSubject(Subject):
         """See `Subject`."""
         return self._codec.encode(text)
 
+    def spans(self, text: str, special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
+        """See `Subject`."""
+        return self._codec.spans(text, special)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """See `Subject`."""
         return self._codec.decode(tokens)
