@@ -49,6 +49,14 @@ ANALYSES: dict[str, Analysis] = {
         "torchstone.diagnose.gradients.layer_gradients:layer_gradients_finding",
         "Spectra of the gradient of every projection for responses of different kinds.",
     ),
+    "updates": Analysis(
+        "torchstone.diagnose.updates.finding:updates_finding",
+        "Length, angle and effect of a run's updates, step by step, beside another run (train --updates N).",
+    ),
+    "landscape": Analysis(
+        "torchstone.diagnose.landscape.finding:landscape_finding",
+        "Loss along the line between checkpoints, and curvature along decay and progress directions.",
+    ),
     "expert-load": Analysis(
         "torchstone.diagnose.expert_load:expert_load_finding",
         "Which experts tokens go to, by class of token, and which are never used.",

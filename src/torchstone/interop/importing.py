@@ -44,8 +44,9 @@ from torchstone.storage.atomic import atomic_directory, atomic_write
 from torchstone.train.checkpoint import CheckpointStore, Snapshot
 from torchstone.train.distributed import World
 from torchstone.train.loop import Position
+from torchstone.train.names import RECIPE, RECORD
 from torchstone.train.precision import Choice, Compute
-from torchstone.train.record import RECIPE, RECORD, start_run
+from torchstone.train.record import start_run
 from torchstone.train.resume import training_environment
 from torchstone.train.state import optimizer_tensors
 
