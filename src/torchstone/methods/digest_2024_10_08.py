@@ -53,6 +53,14 @@ RECORDS = (
             "compute."
         ),
         vectors=("wsd-s.npz",),
+        parts=(
+            "src/torchstone/optim/schedules",
+            "src/torchstone/train/branch.py",
+            "src/torchstone/data/synthetic/mixed_bigram.py",
+            "src/torchstone/diagnose/landscape",
+        ),
+        study="torchstone.studies.wsd_s:WSDS",
+        status="done",
     ),
 )
 # fmt: on

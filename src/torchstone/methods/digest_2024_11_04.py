@@ -74,6 +74,19 @@ RECORDS = (
             "than AdamW does."
         ),
         vectors=("warmup-free.npz",),
+        parts=(
+            "src/torchstone/optim/lion.py",
+            "src/torchstone/optim/liona.py",
+            "src/torchstone/optim/lionar.py",
+            "src/torchstone/optim/sgdm.py",
+            "src/torchstone/optim/rotational.py",
+            "src/torchstone/optim/rrc.py",
+            "src/torchstone/optim/angle.py",
+            "src/torchstone/nn/projection/gained.py",
+            "src/torchstone/diagnose/updates",
+        ),
+        study="torchstone.studies.warmup_free:WarmupFree",
+        status="done",
     ),
     Method(
         slug="self-lengthen", arxiv="2410.23933", digest="2024-11-04",
@@ -146,6 +159,12 @@ RECORDS = (
             "perplexity does not."
         ),
         vectors=("longppl.npz",),
+        parts=(
+            "src/torchstone/evals/longppl.py",
+            "src/torchstone/objectives/long_context.py",
+        ),
+        study="torchstone.studies.longppl:LongPPL",
+        status="done",
     ),
     Method(
         slug="osca", arxiv="2410.22480", digest="2024-11-04",

@@ -18,8 +18,9 @@ from torchstone.recipe.schema import Recipe
 from torchstone.report.result import Figure, Line, Metric, PaperFigure, Series, Table
 from torchstone.train.checkpoint import CheckpointStore
 from torchstone.train.events import read_history
-from torchstone.train.growth import GROWTH, AppendTokens, AppendUnits, Plan, grow_run
+from torchstone.train.growth import AppendTokens, AppendUnits, Plan, grow_run
 from torchstone.train.loop import Callback, RunView
+from torchstone.train.names import GROWTH
 from torchstone.train.precision import Compute
 from torchstone.train.run import RunSummary, load_run, train
 from torchstone.train.signals import Stop
