@@ -13,11 +13,9 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-import shlex
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -220,6 +218,7 @@ def _run(
     from torchstone.diagnose.texts import load_texts
     from torchstone.lab.environment import environment
     from torchstone.report.finding_write import write
+    from torchstone.report.stamp import stamped
 
     analysis = command.split()[-1]
     out = common["out"] or _default_out(analysis, model, texts or [], settings, common)
@@ -240,13 +239,8 @@ def _run(
                 progress.follow(subject)
             finding = function(*arguments, **given)
         words = ["torchstone", *command.split(), *([model] if model else []), *(texts or [])]
-        finding = finding.model_copy(
-            update={
-                "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                "command": shlex.join([*words, *_options(function, settings, common)]),
-                "environment": environment("cpu" if subject is None else str(subject.device)),
-            }
-        )
+        words += _options(function, settings, common)
+        finding = stamped(finding, words, environment("cpu" if subject is None else str(subject.device)))
         _print(finding, write(finding, out))
 
 

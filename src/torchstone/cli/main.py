@@ -33,11 +33,15 @@ VERBS = {
     "compare": "Train a baseline and its arms, matched and over paired seeds, and judge each arm.",
     "study": "List, show or run the studies: published claims that one command tests again.",
     "train": "Train one recipe, with exact resume.",
+    "plan": "Print a recipe's phases, budgets and checkpoints before it runs, with a plot.",
+    "lr": "Find the learning rates at which a recipe trains well, and where it becomes unstable.",
+    "runs": "Show the tree of runs and their branches: what each cost and gained.",
     "grow": "Enlarge a trained run without losing what it learned, and keep training.",
     "generate": "Write text with a trained run.",
     "infill": "Write what lies between a prefix and a goal, with a belief-state run.",
     "diagnose": "Look inside a model: frequencies, heads, ranks, gradients, next to a control.",
-    "eval": "Measure a model: length extrapolation, cost of decoding.",
+    "eval": "Measure a model: length extrapolation, long-context perplexity, cost of decoding.",
+    "score": "Each token's loss under two models, and which would be selected; reference losses of training data.",
     "export": "Write a run as a Hugging Face checkpoint.",
     "import": "Make a run directory of a Hugging Face checkpoint.",
     "report": "Write a result's HTML and Markdown report again, or print its verdicts.",
@@ -47,7 +51,8 @@ VERBS = {
     "where": "Print every path of a method: parts, study, tests, vectors, page, results.",
     "doctor": "Show what this machine offers: torch, devices, speed, extras, disk.",
 }
-CONTINUING = ("compare", "study", "train")  # verbs whose same command continues; others say what they keep, if anything
+# Verbs whose same command continues; others say what they keep, if anything.
+CONTINUING = ("compare", "lr", "score", "study", "train")
 EPILOG = "Every command takes --debug, which shows the traceback of an error."
 
 
