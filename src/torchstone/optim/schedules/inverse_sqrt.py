@@ -19,23 +19,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from torchstone.optim.schedules.base import (
-    Schedule,
-    ScheduleConfig,
-    Stage,
-    check_fit,
-    check_step,
-    consecutive,
-    step_count,
-)
+from torchstone.optim.schedules.base import ScheduleConfig, check_step
+from torchstone.optim.schedules.three_stages import ThreeStages, fitted
 
 
 @dataclass(frozen=True)
-class InverseSqrt(Schedule):
+class InverseSqrt(ThreeStages):
     """`warmup` steps up, then √(warmup / step), times a line to `final` over the last `decay` steps."""
 
-    warmup: int
-    decay: int
     final: float
 
     def factor(self, step: int) -> float:
@@ -49,11 +40,6 @@ class InverseSqrt(Schedule):
         root = math.sqrt(max(self.warmup, 1) / done)
         decayed = done - self.steps + self.decay
         return root * (1 - (1 - self.final) * decayed / self.decay) if self.decay and decayed > 0 else root
-
-    def stages(self) -> tuple[Stage, ...]:
-        """`warmup`, `stable` and `decay`."""
-        stable = self.steps - self.warmup - self.decay
-        return consecutive(("warmup", self.warmup), ("stable", stable), ("decay", self.decay))
 
 
 class InverseSqrtConfig(ScheduleConfig):
@@ -72,6 +58,5 @@ class InverseSqrtConfig(ScheduleConfig):
         Raises:
             ConfigError: warmup and decay together are longer than the run.
         """
-        warmup, decay = step_count(self.warmup, steps, "warmup"), step_count(self.decay, steps, "decay")
-        check_fit(warmup, decay, steps)
+        warmup, decay = fitted(self.warmup, self.decay, steps)
         return InverseSqrt(steps, warmup, decay, self.final, peak=peak)

@@ -18,23 +18,14 @@ from typing import Literal
 
 from pydantic import Field
 
-from torchstone.optim.schedules.base import (
-    Schedule,
-    ScheduleConfig,
-    Stage,
-    check_fit,
-    check_step,
-    consecutive,
-    step_count,
-)
+from torchstone.optim.schedules.base import ScheduleConfig, check_step
+from torchstone.optim.schedules.three_stages import ThreeStages, fitted
 
 
 @dataclass(frozen=True)
-class Trapezoid(Schedule):
+class Trapezoid(ThreeStages):
     """`warmup` steps up to 1, then 1, then `decay` steps towards `final`."""
 
-    warmup: int
-    decay: int
     final: float
 
     def factor(self, step: int) -> float:
@@ -45,11 +36,6 @@ class Trapezoid(Schedule):
             return (step + 1) / self.warmup
         left = self.steps - step
         return 1.0 if left >= self.decay else self.final + (1 - self.final) * left / self.decay
-
-    def stages(self) -> tuple[Stage, ...]:
-        """`warmup`, `stable` and `decay`."""
-        stable = self.steps - self.warmup - self.decay
-        return consecutive(("warmup", self.warmup), ("stable", stable), ("decay", self.decay))
 
 
 class TrapezoidConfig(ScheduleConfig):
@@ -66,6 +52,5 @@ class TrapezoidConfig(ScheduleConfig):
         Raises:
             ConfigError: warmup and decay together are longer than the run.
         """
-        warmup, decay = step_count(self.warmup, steps, "warmup"), step_count(self.decay, steps, "decay")
-        check_fit(warmup, decay, steps)
+        warmup, decay = fitted(self.warmup, self.decay, steps)
         return Trapezoid(steps, warmup, decay, self.final, peak=peak)

@@ -30,26 +30,17 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from torchstone.optim.schedules.base import (
-    Schedule,
-    ScheduleConfig,
-    Stage,
-    check_fit,
-    check_step,
-    consecutive,
-    step_count,
-)
+from torchstone.optim.schedules.base import ScheduleConfig, check_step
 from torchstone.optim.schedules.shapes import OF_SHARE
+from torchstone.optim.schedules.three_stages import ThreeStages, fitted
 
 Shape = Literal["exponential", "linear", "cosine", "sqrt"]
 
 
 @dataclass(frozen=True)
-class WSD(Schedule):
+class WSD(ThreeStages):
     """`warmup` steps from `initial` to 1, then 1, then `decay` steps of `shape` to `final`, of `steps` in all."""
 
-    warmup: int
-    decay: int
     shape: Shape
     final: float
     initial: float = 0.0
@@ -64,11 +55,6 @@ class WSD(Schedule):
             return 1.0
         progress = min(1.0, (done - stable_end) / self.decay)
         return self.final if progress == 1.0 else OF_SHARE[self.shape](progress, self.final)
-
-    def stages(self) -> tuple[Stage, ...]:
-        """`warmup`, `stable` and `decay`."""
-        stable = self.steps - self.warmup - self.decay
-        return consecutive(("warmup", self.warmup), ("stable", stable), ("decay", self.decay))
 
 
 class WSDConfig(ScheduleConfig):
@@ -103,6 +89,5 @@ class WSDConfig(ScheduleConfig):
         Raises:
             ConfigError: warmup and decay together are longer than the run.
         """
-        warmup, decay = step_count(self.warmup, steps, "warmup"), step_count(self.decay, steps, "decay")
-        check_fit(warmup, decay, steps)
+        warmup, decay = fitted(self.warmup, self.decay, steps)
         return WSD(steps, warmup, decay, self.shape, self.final, self.initial, peak=peak)
