@@ -20,8 +20,9 @@ from torchstone.lab.rates.bracket import Trial, bracket_of
 from torchstone.lab.rates.divergence import WINDOW, DivergenceRule
 from torchstone.lab.rates.find import learning_rates
 from torchstone.lab.rates.finding import finding_of, sentences
-from torchstone.lab.rates.search import FARTHEST, Found, next_rates, rate_name
+from torchstone.lab.rates.search import FARTHEST, Found, next_rates
 from torchstone.lab.rates.short import shortened
+from torchstone.lab.rates.trials import rate_name
 from torchstone.lab.runner import RunOptions
 from torchstone.lab.tuning import grid_of
 from torchstone.recipe.load import load_recipe
@@ -184,11 +185,11 @@ def test_a_real_search_reports_bracket_and_edge_and_continues(tmp_path):
     # start: search
     found, page = torchstone.learning_rates(recipe, steps=40, seeds=2, out=tmp_path, **given)
     bracket = found.bracket
-    assert (
-        bracket.low <= bracket.lowest <= bracket.high
-    )  # the recommended rates, and the tried one with the lowest loss
-    assert bracket.best_rate > 0 and bracket.best_interval is not None  # with an interval over seeds
-    assert bracket.unstable_from is None or bracket.stable_to < bracket.unstable_from  # the edge of stability
+    # the recommended rates, and among those tried the one with the lowest loss
+    assert bracket.low <= bracket.lowest <= bracket.high
+    # the best rate with an interval over seeds, and the edge of stability
+    assert bracket.best_rate > 0 and bracket.best_interval is not None
+    assert bracket.unstable_from is None or bracket.stable_to < bracket.unstable_from
     # end: search
     given |= {"steps": 40, "seeds": 2, "out": tmp_path}
     assert {trial.seed for trial in found.trials} == {2_000_000, 2_000_001}

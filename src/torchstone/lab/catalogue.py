@@ -50,7 +50,7 @@ def from_reference(reference: Mapping[str, Any]) -> Study:
 
         return Comparison.from_spec(reference["comparison"])
     if "rates" in reference:
-        from torchstone.lab.rates.search import RateTrials
+        from torchstone.lab.rates.trials import RateTrials
 
         return RateTrials.from_spec(reference["rates"])
     return study(reference["slug"])

@@ -86,13 +86,9 @@ def test_the_tools_work_on_checkpoints_of_a_run(run: Path) -> None:
     # start: tools
     _, model, data = load_run(run)
     earlier, plateau, decayed = (load_run(run, step)[1].state_dict() for step in (3, 9, 12))
-    batch = next(data.evaluation(4, 4))
+    batch, objective = next(data.evaluation(4, 4)), NextTokenConfig().build()
 
-    def mean_loss() -> float:
-        with torch.no_grad():
-            return float(NextTokenConfig().build()(model, batch).per_token_bt.mean())
-
-    line = interpolate(earlier, decayed, line_of_alphas(), loss_of(model, mean_loss))
+    line = interpolate(earlier, decayed, line_of_alphas(), loss_of(model, lambda: objective(model, batch).loss.item()))
     print(line.barrier, line.midpoint, line.falls)
 
     directions = {"progress": difference(decayed, earlier), "decay": difference(decayed, plateau)}
@@ -103,7 +99,7 @@ def test_the_tools_work_on_checkpoints_of_a_run(run: Path) -> None:
     loss, parameters = token_loss(subject, batch.tokens_bt), parameters_of(model)
     steepness = {name: curvature(loss, parameters, direction) for name, direction in directions.items()}
     # end: tools
-    assert line.at(1.0) == pytest.approx(mean_loss()) and seen[1].share == pytest.approx(1.0)
+    assert line.at(1.0) == pytest.approx(objective(model, batch).loss.item()) and seen[1].share == pytest.approx(1.0)
     assert steepness["decay"] == pytest.approx(
         curvature_by_differences(loss, parameters, directions["decay"]), rel=0.05, abs=2e-3
     )

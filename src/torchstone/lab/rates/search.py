@@ -18,81 +18,24 @@ Pitfall: rates are ranked by held-out loss, whatever decides a comparison that u
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torchstone.errors import ConfigError, NonFiniteError, StudyError
+from torchstone.errors import ConfigError, StudyError
 from torchstone.lab.progress import Progress
 from torchstone.lab.rates.bracket import Bracket, Trial, bracket_of
-from torchstone.lab.rates.divergence import Diverged, DivergenceWatch
 from torchstone.lab.rates.short import shortened
+from torchstone.lab.rates.trials import SCALE, RateTrials, rate_name
 from torchstone.lab.runner import RunOptions, StudyRun
-from torchstone.lab.study import Cell, Measurement, Scale
-from torchstone.lab.training import TrainingStudy, Variant
 from torchstone.recipe.load import load_recipe
 from torchstone.recipe.schema import Recipe
-from torchstone.report.result import Metric
 from torchstone.train.budget import steps_of
-from torchstone.train.loop import Callback
 
 FIRST_SEED = 2_000_000  # of no comparison and no tuning
-SCALE = "rates"
 FARTHEST = 2.0**10
 CLEARLY = 0.5  # nats above the lowest mean at which a rate is clearly too high
-
-
-class RateTrials(TrainingStudy):
-    """One recipe at several rates, as a study without claims."""
-
-    claims = ()
-    matching = None
-    title, question = "Learning rates", ""
-    metrics = (Metric(name="validation_loss", label="validation loss", unit="nats/token"),)
-
-    def __init__(self, recipe: Recipe, rates: Sequence[float]) -> None:
-        self.recipe, self.rates = recipe, tuple(rates)
-        self.baseline = rate_name(self.rates[0])
-        self.scales = {SCALE: Scale(1)}
-
-    def base(self, scale: Scale) -> Recipe:
-        """The recipe at the first rate."""
-        return load_recipe(self.recipe, [f"optimizer.learning_rate={self.rates[0]!r}"])
-
-    def variants(self, scale: Scale) -> Sequence[Variant]:
-        """One arm for each rate."""
-        return [Variant(rate_name(rate), (f"optimizer.learning_rate={rate!r}",)) for rate in self.rates]
-
-    def callbacks(self, cell: Cell) -> Sequence[Callback]:
-        """Ends what has diverged."""
-        return [DivergenceWatch()]
-
-    def measure(self, cell: Cell) -> Measurement:
-        """A run's held-out loss, or `diverged` with the update at which it was seen."""
-        try:
-            found = super().measure(cell)
-        except Diverged as seen:
-            return Measurement({"diverged": float(seen.step)})
-        except NonFiniteError:
-            return Measurement({"diverged": 0.0})
-        first = found.series["train loss"].values[0]
-        metrics = {"validation_loss": found.metrics["validation_loss"], "first_loss": float(first or 0.0)}
-        return Measurement(metrics, tokens=found.tokens, flops=found.flops)
-
-    def reference(self) -> dict[str, Any]:
-        """What `from_spec` reads; the rates are not in it, so that a cell is the same in every round."""
-        return {"rates": {"recipe": self.recipe.data_dict()}}
-
-    @classmethod
-    def from_spec(cls, spec: Mapping[str, Any]) -> RateTrials:
-        """The study that `reference` described, in a worker, where the cell says which rate."""
-        return cls(load_recipe(spec["recipe"]), [1.0])
-
-
-def rate_name(rate: float) -> str:
-    """Name of the arm at a rate."""
-    return f"rate-{rate:.6g}"
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ schedule knows its peak. The SVG is a still picture without script or font of it
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from html import escape
-
-from torchstone.optim.schedules.base import Schedule
+from typing import Any, Protocol
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 760, 300, 74, 24, 46, 48
 INK, GRID, LINE, MARK = "#5d6470", "#d8d5cd", "#0072b2", "#d55e00"
@@ -19,7 +19,27 @@ HEADROOM = 1.15  # room for the checkpoints' numbers
 BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
-def svg(schedule: Schedule, title: str = "Learning rate") -> str:
+class Drawable(Protocol):
+    """What is drawn of a schedule."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def peak(self) -> float | None: ...
+    def factor(self, step: int) -> float:
+        """Factor of the peak rate at a step."""
+        ...
+
+    def stages(self) -> Sequence[Any]:
+        """Stages with `name`, `begin` and `end`."""
+        ...
+
+    def checkpoints(self) -> Sequence[int]:
+        """Updates after which a decayed state is there."""
+        ...
+
+
+def svg(schedule: Drawable, title: str = "Learning rate") -> str:
     """The picture as one `svg` element."""
     unit = 1.0 if schedule.peak is None else schedule.peak
     steps = samples(schedule)
@@ -48,7 +68,7 @@ def svg(schedule: Schedule, title: str = "Learning rate") -> str:
     )
 
 
-def samples(schedule: Schedule) -> list[int]:
+def samples(schedule: Drawable) -> list[int]:
     """Steps that show the whole course: evenly spaced ones, and the first and last of every stage."""
     count = min(schedule.steps, SAMPLES)
     spaced = {index * (schedule.steps - 1) // max(count - 1, 1) for index in range(count)}
@@ -56,7 +76,7 @@ def samples(schedule: Schedule) -> list[int]:
     return sorted(spaced | {step for stage in stages for step in (stage.begin, stage.end - 1)})
 
 
-def text_lines(schedule: Schedule, width: int = 72, height: int = 8, plain: bool = False) -> list[str]:
+def text_lines(schedule: Drawable, width: int = 72, height: int = 8, plain: bool = False) -> list[str]:
     """The course as lines of text: columns of blocks (`#` if plain), then a line with `^` under every checkpoint.
 
     A column is as high as the mean rate of the steps that it stands for.
@@ -78,14 +98,14 @@ def text_lines(schedule: Schedule, width: int = 72, height: int = 8, plain: bool
     return lines
 
 
-def _mean(schedule: Schedule, column: int, columns: int) -> float:
+def _mean(schedule: Drawable, column: int, columns: int) -> float:
     """Mean factor of up to 16 of a column's steps."""
     begin, end = (index * schedule.steps // columns for index in (column, column + 1))
     taken = range(begin, max(end, begin + 1), max(1, (end - begin) // 16))
     return math.fsum(schedule.factor(step) for step in taken) / len(taken)
 
 
-def _x(step: float, schedule: Schedule) -> float:
+def _x(step: float, schedule: Drawable) -> float:
     return LEFT + step / schedule.steps * (WIDTH - LEFT - RIGHT)
 
 
@@ -93,7 +113,7 @@ def _y(share: float) -> float:
     return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - TOP)
 
 
-def _bands(schedule: Schedule) -> list[str]:
+def _bands(schedule: Drawable) -> list[str]:
     found = []
     for stage in schedule.stages()[:MOST_BANDS]:
         begin, end = _x(stage.begin, schedule), _x(stage.end, schedule)
@@ -104,7 +124,7 @@ def _bands(schedule: Schedule) -> list[str]:
     return found
 
 
-def _grid(schedule: Schedule, top: float, unit: float) -> list[str]:
+def _grid(schedule: Drawable, top: float, unit: float) -> list[str]:
     found = []
     for value in _ticks(top, 5):
         at = _y(value / top)
@@ -115,7 +135,7 @@ def _grid(schedule: Schedule, top: float, unit: float) -> list[str]:
     return found
 
 
-def _marks(schedule: Schedule, top: float) -> list[str]:
+def _marks(schedule: Drawable, top: float) -> list[str]:
     """A point where every checkpoint is, on the rate of its last step; the first ones with their number of updates.
 
     Of checkpoints that fall on one pixel the first is drawn.
@@ -135,7 +155,7 @@ def _marks(schedule: Schedule, top: float) -> list[str]:
     return found
 
 
-def _legend(schedule: Schedule) -> list[str]:
+def _legend(schedule: Drawable) -> list[str]:
     found, x = [], LEFT
     for name in dict.fromkeys(stage.name for stage in schedule.stages()):
         found.append(

@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from torchstone.errors import CheckpointError, ConfigError
-from torchstone.optim.schedules.base import Schedule
 
 
 class ScheduledRates(LambdaLR):
@@ -28,13 +27,13 @@ class ScheduledRates(LambdaLR):
 
     Args:
         optimizer: any optimizer of torch, or one built alike.
-        schedule: the plan.
+        schedule: the plan, a `Schedule`.
 
     Raises:
         ConfigError: the schedule has a peak, and the groups have different rates.
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: Schedule) -> None:
+    def __init__(self, optimizer: Optimizer, schedule: Any) -> None:
         self.schedule = schedule
         if schedule.peak is not None:
             _give_peak(optimizer, schedule.peak)
@@ -57,7 +56,7 @@ class ScheduledRates(LambdaLR):
                 f"this is no state of a schedule: it holds {', '.join(map(str, state_dict)) or 'nothing'}, and needs done, peaks "
                 "and plan."
             )
-        done, stored = int(state_dict["done"]), Schedule.from_state_dict(state_dict["plan"])
+        done, stored = int(state_dict["done"]), self.schedule.from_state_dict(state_dict["plan"])
         if len(state_dict["peaks"]) != len(self.base_lrs):
             raise CheckpointError(
                 f"the state is of {len(state_dict['peaks'])} parameter groups, and the optimizer has {len(self.base_lrs)}; make "
