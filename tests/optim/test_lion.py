@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from updates import both_ways
 
 from torchstone.errors import ConfigError
 from torchstone.optim.angle import average_rms, lion_rms, rotation
@@ -17,8 +18,6 @@ from torchstone.optim.liona import LionA, LionAConfig
 from torchstone.optim.lionar import LionAR
 from torchstone.optim.momentum import MomentumOptimizer
 from torchstone.recipe.registry import parse_part
-
-both_ways = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "tensors"])
 
 
 def draw(*shape: int, seed: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from updates import both_ways, needs_kernel
 
 from torchstone.models.decoder import Decoder, DecoderConfig
 from torchstone.models.growth import enlarge_parameter
@@ -23,7 +24,6 @@ from torchstone.train.state import optimizer_tensors, restore_optimizer
 
 INNER = ("adamw", "sgdm", "lion")
 every_inner = pytest.mark.parametrize("inner", INNER)
-both_ways = pytest.mark.parametrize("fused", [True, False], ids=["kernel", "tensors"])
 
 
 def draw(*shape: int, seed: int) -> Tensor:
@@ -131,6 +131,7 @@ def test_a_strict_rotation_turns_every_row_by_arctan_theta_and_keeps_its_norm(in
         torch.testing.assert_close(parameter.detach().norm(dim=1), norms, rtol=2e-6, atol=0)
 
 
+@needs_kernel
 def test_the_kernel_is_used_and_equals_tensor_operations() -> None:
     assert momentum_native.library() is not None, "a machine with a C compiler runs this"
     ways = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from updates import both_ways
 
 from torchstone.errors import ConfigError
 from torchstone.optim.sgdm import SGDM, SGDMConfig
@@ -15,7 +16,7 @@ def weight() -> nn.Parameter:
     return nn.Parameter(torch.randn(5, 37, generator=torch.Generator().manual_seed(9)))
 
 
-@pytest.mark.parametrize("fused", [True, False], ids=["kernel", "tensors"])
+@both_ways
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_it_is_torchs(fused: bool, decay: float) -> None:
     ours, theirs = weight(), weight()

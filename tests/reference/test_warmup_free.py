@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from updates import both_ways
 
 from torchstone.optim.rotational import Rotational
 
@@ -74,7 +75,7 @@ def _angle(before: Tensor, after: Tensor) -> Tensor:
 
 
 @every_case
-@pytest.mark.parametrize("fused", [True, False], ids=["kernel", "tensors"])
+@both_ways
 def test_trajectory(case: dict[str, Any], fused: bool) -> None:
     prefixes = _prefixes(case)
     parameters = [nn.Parameter(_tensor(f"{prefix}_init").clone()) for prefix in prefixes]
