@@ -14,16 +14,20 @@ from tiny import tiny_recipe
 import torchstone
 from torchstone.cli.main import main
 from torchstone.errors import ConfigError, StudyError
+from torchstone.lab import tuning
 from torchstone.lab.compare import compare
+from torchstone.lab.comparison import Comparison
 from torchstone.lab.progress import Quiet
 from torchstone.lab.rates.bracket import Trial, bracket_of
 from torchstone.lab.rates.divergence import WINDOW, DivergenceRule
 from torchstone.lab.rates.find import learning_rates
 from torchstone.lab.rates.finding import finding_of, sentences
-from torchstone.lab.rates.search import FARTHEST, Found, next_rates
+from torchstone.lab.rates.search import FARTHEST, Found, Plan, next_rates
 from torchstone.lab.rates.short import shortened
 from torchstone.lab.rates.trials import rate_name
 from torchstone.lab.runner import RunOptions
+from torchstone.lab.study import Scale
+from torchstone.lab.training import Variant
 from torchstone.lab.tuning import grid_of
 from torchstone.recipe.load import load_recipe
 
@@ -168,9 +172,23 @@ def test_runs_that_learned_nothing_recommend_nothing(tmp_path):
     learned = [Trial(rate, seed, 4.0 + rate / 10, None, 6.24) for rate in (1.0, 2.0, 4.0) for seed in (0, 1)]
     assert bracket_of(learned, 0.02).told_apart
     recipe = load_recipe(tiny_recipe())
-    found = Found(bracket_of(idle, 0.02), tuple(idle), recipe, 10, 100, 2, 0.02)
+    found = Found(bracket_of(idle, 0.02), tuple(idle), 10, 100, 2, 0.02)
     assert len(sentences(found)) == 1 and "too short to tell rates apart" in sentences(found)[0]
     assert "Use" not in finding_of(found, recipe).answer
+
+
+def test_tuning_says_which_arm_learned_too_little(tmp_path, monkeypatch):
+    def found(recipe, plan, options, progress):
+        first = 6.24 if options.out.name == "baseline" else 9.0
+        ended = [Trial(rate, 0, 6.23, None, first) for rate in (1.0, 2.0, 4.0)]
+        return Found(bracket_of(ended, 0.02), tuple(ended), 10, 100, 1, 0.02)
+
+    monkeypatch.setattr(tuning, "search", found)
+    variants = [Variant("v1", ("model.block.mixer=differential",))]
+    study = Comparison(load_recipe(tiny_recipe()), variants, None, "validation_loss", 0.0, 1)
+    grids, notes = tuning.bracketed(study, Scale(1), RunOptions(on="inline", out=tmp_path), Quiet(), Plan(seeds=1))
+    assert set(grids) == {"baseline", "v1"}
+    assert [note.split(":")[0] for note in notes] == ["Arm baseline"]
 
 
 def test_the_interval_of_the_best_rate_ends_with_what_was_tried():
@@ -207,7 +225,7 @@ def test_a_diverging_run_ends_early_and_is_recorded(tmp_path):
     recipe = tiny_recipe(budget={"steps": 60}, optimizer={"kind": "adamw", "learning_rate": 50.0, "clip": None})
     found, _ = learning_rates(recipe, steps=60, seeds=1, out=tmp_path, options=INLINE, progress=Quiet())
     ended = [trial for trial in found.trials if not trial.stable]
-    assert ended and all(trial.diverged_at < 60 for trial in ended)
+    assert ended and all(0 < trial.diverged_at < 60 for trial in ended)
 
 
 def test_tuning_without_a_grid_gives_every_arm_rates_of_its_own(tmp_path):

@@ -118,10 +118,11 @@ def _tuned(
     metric = study.metrics[0]
     scale = study.scales[SCALE]
     if given is None:
-        grids = bracketed(study, scale, options, progress, Plan(seeds=tune_seeds))
+        grids, notes = bracketed(study, scale, options, progress, Plan(seeds=tune_seeds))
     else:
-        grids = dict.fromkeys([arm.name for arm in study.arms(scale)], given)
-    tuned = replace(tune(study, scale, grids, tune_seeds, metric, options, progress), grid=given or ())
+        grids, notes = dict.fromkeys([arm.name for arm in study.arms(scale)], given), ()
+    found = tune(study, scale, grids, tune_seeds, metric, options, progress)
+    tuned = replace(found, grid=given or (), notes=(*found.notes, *notes))
     return Comparison(
         study.recipe, study.arms_given, study.matching, metric.name, study.margin, study.seeds, tuned
     ), options

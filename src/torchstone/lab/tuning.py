@@ -111,14 +111,20 @@ def tune(
 
 def bracketed(
     study: TrainingStudy, scale: Scale, options: RunOptions, progress: Progress, plan: Plan
-) -> dict[str, tuple[float, ...]]:
-    """A grid for each arm from short runs in `options.out`/brackets/ARM; raises what `search` raises."""
-    grids = {}
+) -> tuple[dict[str, tuple[float, ...]], tuple[str, ...]]:
+    """A grid for each arm from short runs in `options.out`/brackets/ARM, and notes on arms whose short runs could not tell
+    rates apart; raises what `search` raises."""
+    grids, notes = {}, []
     for arm in study.arms(scale):
         folder = Path(str(options.out)) / "brackets" / arm.name
         found = search(load_recipe(arm.settings["recipe"]), plan, replace(options, out=folder), progress).bracket
         grids[arm.name] = grid_of(found)
-    return grids
+        if not found.told_apart:
+            notes.append(
+                f"Arm {arm.name}: the short runs behind its rates learned too little to tell rates apart; give --grid, or a "
+                "longer budget."
+            )
+    return grids, tuple(notes)
 
 
 def grid_of(found: Bracket) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ weight decay changes has another angle, though no decay is applied: log `angles(
 from __future__ import annotations
 
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
@@ -33,7 +34,7 @@ COARSE = 2e-3
 """Rotations below this are lost in the rounding of 16-bit weights."""
 
 
-class MomentumOptimizer(torch.optim.Optimizer):
+class MomentumOptimizer(torch.optim.Optimizer, ABC):
     """An optimizer whose rule is a `Direction`.
 
     Args:
@@ -62,17 +63,17 @@ class MomentumOptimizer(torch.optim.Optimizer):
 
     # What a subclass says ---------------------------------------------------------------------------
 
+    @abstractmethod
     def direction(self, group: Mapping[str, Any], step: int) -> Direction:
         """The rule's coefficients at step t = 1, 2, …"""
-        raise NotImplementedError
 
+    @abstractmethod
     def beta_of(self, group: Mapping[str, Any]) -> float:
         """β of the momentum itself, which is the rule's first moment."""
-        raise NotImplementedError
 
     def angle(self, group: Mapping[str, Any], lr: float) -> float:
-        """θ at a rate, from the group's decay."""
-        raise NotImplementedError
+        """θ at a rate, from the group's decay; asked only of rules that rotate."""
+        raise AssertionError(f"{type(self).__name__} rotates nothing")
 
     # Groups ---------------------------------------------------------------------------------------------
 

@@ -52,12 +52,14 @@ class DivergenceRule:
 
 
 class DivergenceWatch(Callback):
-    """Ends a run that has diverged; raises Diverged."""
+    """Ends a run that has diverged; raises Diverged. `steps` are the updates that it has seen."""
 
     def __init__(self) -> None:
         self._rule = DivergenceRule()
+        self.steps = 0
 
     def on_step(self, view: RunView) -> None:
         """Look at the loss of the step."""
+        self.steps = view.position.step
         if self._rule.diverged(view.metrics["loss"]):
             raise Diverged(view.position.step, self._rule.now, self._rule.lowest)

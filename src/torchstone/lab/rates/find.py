@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +55,8 @@ def learning_rates(
     name = fingerprint_of([recipe_fingerprint(loaded), steps, seeds])[:10]
     directory = Path(out) if out else Path("runs") / f"lr-{name}"
     shown = progress or choose_progress()
-    chosen = RunOptions(on=options.on, jobs=options.jobs, out=directory) if options else RunOptions(out=directory)
     try:
-        found = search(loaded, plan, chosen, shown)
+        found = search(loaded, plan, replace(options or RunOptions(), out=directory), shown)
     finally:
         shown.close()
     atomic_write(directory / "recipe.yaml", dump_yaml(loaded))

@@ -45,7 +45,6 @@ class Found:
     Attributes:
         bracket: edge, best rate and recommended rates.
         trials: every short run.
-        recipe: the short recipe that was run.
         steps: updates of a short run. whole: those of the recipe.
         seeds: of the pairs.
         tolerance: nats, see `bracket_of`.
@@ -53,7 +52,6 @@ class Found:
 
     bracket: Bracket
     trials: tuple[Trial, ...]
-    recipe: Recipe
     steps: int
     whole: int
     seeds: int
@@ -98,14 +96,13 @@ def search(recipe: Recipe, plan: Plan, options: RunOptions, progress: Progress) 
         trials += found
         rates = next_rates(trials, center, plan.tolerance)
     bracket = bracket_of(trials, plan.tolerance)
-    return Found(bracket, tuple(trials), short, steps_of(short), steps_of(recipe), plan.seeds, plan.tolerance)
+    return Found(bracket, tuple(trials), steps_of(short), steps_of(recipe), plan.seeds, plan.tolerance)
 
 
 def next_rates(trials: Sequence[Trial], center: float, tolerance: float) -> list[float]:
     """Rates of the next round; none when both sides and the neighbourhood of the best are seen."""
     rates = sorted({trial.rate for trial in trials})
-    unstable = {trial.rate for trial in trials if not trial.stable}
-    if len(unstable) == len(rates) or min(unstable, default=rates[-1]) <= rates[0]:
+    if any(trial.rate == rates[0] and not trial.stable for trial in trials):
         return [rates[0] / 4, rates[0] / 16] if rates[0] > center / FARTHEST else []
     found = bracket_of(trials, tolerance)
     wider = []

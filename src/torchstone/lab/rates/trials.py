@@ -29,6 +29,7 @@ class RateTrials(TrainingStudy):
         self.recipe, self.rates = recipe, tuple(rates)
         self.baseline = rate_name(self.rates[0])
         self.scales = {SCALE: Scale(1)}
+        self._watch = DivergenceWatch()
 
     def base(self, scale: Scale) -> Recipe:
         """The recipe at the first rate."""
@@ -40,7 +41,8 @@ class RateTrials(TrainingStudy):
 
     def callbacks(self, cell: Cell) -> Sequence[Callback]:
         """Ends what has diverged."""
-        return [DivergenceWatch()]
+        self._watch = DivergenceWatch()
+        return [self._watch]
 
     def measure(self, cell: Cell) -> Measurement:
         """A run's held-out loss, or `diverged` with the update at which it was seen."""
@@ -49,9 +51,10 @@ class RateTrials(TrainingStudy):
         except Diverged as seen:
             return Measurement({"diverged": float(seen.step)})
         except NonFiniteError:
-            return Measurement({"diverged": 0.0})
+            return Measurement({"diverged": float(self._watch.steps)})
         first = found.series["train loss"].values[0]
-        metrics = {"validation_loss": found.metrics["validation_loss"], "first_loss": float(first or 0.0)}
+        assert first is not None, "a training record has the loss of every step"
+        metrics = {"validation_loss": found.metrics["validation_loss"], "first_loss": first}
         return Measurement(metrics, tokens=found.tokens, flops=found.flops)
 
     def reference(self) -> dict[str, Any]:
